@@ -1,0 +1,74 @@
+"""Every field, its meaning, its unit and its default. The other configs override a few of them.
+
+Any field can be set on the command line: `--config.batch_size=256 --config.weights.bits=3`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the default configuration: a float ResNet-20 on CIFAR-10."""
+    config = ml_collections.ConfigDict()
+
+    # Network.
+    config.model = "resnet20"  # resnet8, 20, 32, 44, 56, 110 for 32x32 images.
+    config.shortcut = "A"  # Where the shape changes: A pads with zeros, B is a 1x1 convolution.
+    config.batch_norm_momentum = 0.9  # Weight of the old running statistics.
+    config.batch_norm_epsilon = 1e-5
+    config.dtype = "float32"  # Of convolutions in training: float32 or bfloat16. Evaluation is float32.
+
+    # Quantization: None is float; else the fields of a spec (see qflax/quantizers/spec.py), for instance
+    # dict(bits=4, scale="lsq", granularity="per_channel").
+    config.weights = None
+    config.activations = None
+    # Exceptions, later ones override earlier ones: mappings with `layers`, a glob pattern on layer paths,
+    # and None or changed spec fields for `weights` and/or `activations`.
+    config.rules = ()
+    config.calibration_examples = 1024  # Training images from which ranges are set before the first step.
+
+    # Start from the last checkpoint of this workdir, weights and norm statistics; "" is random.
+    config.init_from = ""
+
+    # Data.
+    config.dataset = "cifar10"  # cifar10 or digits.
+    config.data_dir = ""  # Where TFDS keeps its data sets; "" is $TFDS_DATA_DIR or TFDS's own default.
+    config.validation_examples = 0  # Taken from the end of the training images; 0 trains on all of them.
+    config.mean = (0.4914, 0.4822, 0.4465)  # Subtracted from pixels in [0, 1], per channel.
+    config.std = (0.2470, 0.2435, 0.2616)  # Divides them.
+    config.augmentation = ml_collections.ConfigDict()
+    config.augmentation.crop_padding = 4  # Random crop after padding by so many pixels.
+    config.augmentation.flip = True  # Random horizontal flip.
+    config.augmentation.cutout = 0  # Side of a square that is blanked, in pixels; 0 is off.
+    config.augmentation.mixup_alpha = 0.0  # Parameter of the beta distribution; 0 is off.
+    config.augmentation.cutmix_alpha = 0.0  # The same for cutmix.
+
+    # Optimization.
+    config.batch_size = 128  # Of all devices together.
+    config.num_epochs = 160.0
+    config.num_train_steps = -1  # -1: num_epochs.
+    config.optimizer = "sgd"  # sgd or adam, for the weights.
+    config.momentum = 0.9  # Of sgd.
+    config.nesterov = True  # Of sgd.
+    config.learning_rate = 0.1  # The peak.
+    config.schedule = "cosine"  # cosine, onecycle, step or constant.
+    config.warmup_epochs = 5.0  # Linear from 0; of onecycle the rising part. It counts in num_epochs.
+    config.milestone_epochs = ()  # Where schedule "step" multiplies by milestone_factor.
+    config.milestone_factor = 0.1
+    config.weight_decay = 2e-4  # Not on biases, norms and quantizers. Of adam decoupled.
+    config.gradient_clip = 0.0  # Largest global norm of the gradient; 0 is off.
+    config.loss = "cross_entropy"  # cross_entropy or squared_hinge.
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.0  # Evaluate an exponential average of the weights; 0 is off.
+    config.quantizer_optimizer = "sgd"  # sgd or adam, for scales and ranges.
+    config.quantizer_learning_rate = 0.1  # The peak; same schedule.
+
+    # The run.
+    config.seed = 0
+    config.num_devices = 0  # 0: all; on a CPU as many cores as divide the batch.
+    config.steps_per_dispatch = 0  # 0: 1 on a CPU, 50 elsewhere.
+    config.eval_batch_size = 1000  # Of all devices together.
+    config.log_every_steps = 50
+    config.eval_every_epochs = 1.0  # On the validation split; there is no such evaluation without one.
+    config.checkpoint_every_steps = 500
+    config.keep_checkpoints = 2  # Latest ones; the best by validation is kept besides.
+    return config.lock()

@@ -1,0 +1,27 @@
+"""A small ResNet with 4-bit weights and activations on handwritten digits that come with scikit-learn.
+
+python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default.get_config()
+    config.model = "resnet8"
+    config.dataset = "digits"
+    config.validation_examples = 200
+    config.mean = (0.3, 0.3, 0.3)
+    config.std = (0.35, 0.35, 0.35)
+    config.augmentation.crop_padding = 2
+    config.augmentation.flip = False
+    config.weights = dict(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
+    config.activations = dict(bits=4, scale="lsq", statistic="mse")
+    config.batch_size = 64
+    config.num_epochs = 40.0
+    config.warmup_epochs = 2.0
+    config.quantizer_learning_rate = 0.01
+    config.log_every_steps = 100
+    config.eval_every_epochs = 5.0
+    return config

@@ -1,0 +1,11 @@
+"""Float ResNet-20 on CIFAR-10, the starting point of the quantized ones.
+
+python train.py --config=configs/resnet20_fp32_cifar10.py --workdir=runs/fp32
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the configuration."""
+    return default.get_config()

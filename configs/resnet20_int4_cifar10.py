@@ -1,0 +1,16 @@
+"""ResNet-20 with 4-bit weights and activations, fine-tuned from the float one.
+
+python train.py --config=configs/resnet20_int4_cifar10.py --workdir=runs/int4 --config.init_from=runs/fp32
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default.get_config()
+    config.weights = dict(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
+    config.activations = dict(bits=4, scale="lsq", statistic="mse")
+    config.learning_rate = 0.01
+    config.quantizer_learning_rate = 0.01
+    return config

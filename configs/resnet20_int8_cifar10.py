@@ -1,0 +1,14 @@
+"""ResNet-20 with 8-bit weights and activations, fine-tuned from the float one.
+
+python train.py --config=configs/resnet20_int8_cifar10.py --workdir=runs/int8 --config.init_from=runs/fp32
+"""
+
+from configs import resnet20_int4_cifar10
+
+
+def get_config():
+    """Returns the configuration."""
+    config = resnet20_int4_cifar10.get_config()
+    config.weights.bits = 8
+    config.activations.bits = 8
+    return config

@@ -1,0 +1,114 @@
+"""Command lines: train.py, and `qflax` with its subcommands."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from qflax.errors import UserError
+
+BAD_INPUT = 2  # Exit code for anything that the user can put right.
+
+
+def train_main(arguments: Sequence[str]) -> int:
+    """train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]; returns the exit code."""
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    config = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder for everything the run writes; runs/NAME of the configuration by default."
+    )
+    app.define_help_flags()
+
+    def run() -> None:
+        rest = _parse(flags.FLAGS, arguments)
+        if rest or config.value is None:
+            raise UserError(
+                f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE"
+                if rest
+                else "--config: missing; for instance --config=configs/quickstart.py"
+            )
+        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        _train(config.value, pathlib.Path(workdir.value or f"runs/{name}"))
+
+    return _report_errors(run)
+
+
+def _train(config, workdir: pathlib.Path) -> None:
+    from qflax import config as config_lib
+    from qflax import runtime
+
+    config_lib.validate(config)
+    runtime.configure(config.batch_size)
+    from qflax.training import train
+    from qflax.training.workdir import TABLE_FILE
+
+    result = train(config, workdir)
+    print((workdir / TABLE_FILE).read_text())
+    print(
+        f"test accuracy {result['test_accuracy']:.2%} (top 5 {result['test_top5_accuracy']:.2%}), "
+        f"weights {result['weight_bytes'] / 1024:.2f} KiB, {result['train_seconds']:.0f} s of training; "
+        f"everything is in {workdir}"
+    )
+
+
+def _parse(values, arguments: Sequence[str]) -> list[str]:
+    """Parses absl flags; errors of a configuration file or a field become one line."""
+    from absl import flags
+
+    try:
+        return values(arguments)[1:]
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    except (OSError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        given = [a for a in arguments if a.startswith("--config")]
+        raise UserError(f"{' '.join(given)}: {_one_line(error)}; see configs/default.py") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `qflax` command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="qflax", description="Quantized networks in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    evaluate = commands.add_parser("evaluate", help="accuracy and per-layer table of a trained network")
+    evaluate.add_argument("workdir", type=pathlib.Path, help="folder of a run")
+    evaluate.add_argument("--split", default="test", choices=("test", "validation", "train"))
+    evaluate.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
+    evaluate.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    evaluate.set_defaults(run=_evaluate)
+    options = parser.parse_args(arguments)
+    return _report_errors(lambda: options.run(options))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from qflax import config as config_lib
+    from qflax import runtime
+
+    runtime.configure(config_lib.load(options.workdir).eval_batch_size)
+    from qflax.training import evaluate_workdir
+    from qflax.training.table import cost_table
+
+    metrics, costs = evaluate_workdir(
+        options.workdir, split=options.split, which=options.checkpoint, data_dir=options.data_dir
+    )
+    print(cost_table(costs))
+    print(
+        f"{options.split} accuracy {metrics['accuracy']:.2%} (top 5 {metrics['top5_accuracy']:.2%}), "
+        f"loss {metrics['loss']:.4f}"
+    )
+
+
+def _report_errors(run: Callable[[], None]) -> int:
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes.
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

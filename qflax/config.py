@@ -1,0 +1,197 @@
+"""Checks of a run's configuration, before anything else happens."""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+
+import ml_collections
+
+from qflax.data import DATASETS
+from qflax.errors import UserError, choose, closest, require
+
+FILE = "config.json"
+
+
+def _number(low: float, high: float = math.inf, *, integer: bool = False) -> Callable:
+    def check(field, value):
+        kinds = int if integer else (int, float)
+        bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        ok = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        word = "a whole number" if integer else "a number"
+        require(ok and low <= value <= high, f"{field}={value!r}: must be {word} {bounds}")
+
+    return check
+
+
+def _one_of(*choices: str) -> Callable:
+    return lambda field, value: choose(field, value, choices)
+
+
+def _of_type(kind: type, name: str) -> Callable:
+    return lambda field, value: require(isinstance(value, kind), f"{field}={value!r}: must be {name}")
+
+
+def _numbers(length: int | None, low: float) -> Callable:
+    def check(field, value):
+        ok = isinstance(value, tuple | list) and length in (None, len(value))
+        ok = ok and all(isinstance(v, int | float) and math.isfinite(v) and v >= low for v in value)
+        count = "a tuple of" if length is None else f"{length}"
+        require(ok, f"{field}={value!r}: must be {count} numbers of at least {low:g}")
+
+    return check
+
+
+def _anything(field, value):
+    del field, value  # Checked where it is parsed.
+
+
+_COUNT = _number(1, integer=True)
+_COUNT_OR_ZERO = _number(0, integer=True)
+_POSITIVE = _number(1e-30)
+_NOT_NEGATIVE = _number(0)
+_FRACTION = _number(0, 1)
+_TEXT = _of_type(str, "a string")
+_FLAG = _of_type(bool, "True or False")
+
+# Field -> check. A mapping is a group of fields.
+FIELDS = {
+    "model": _TEXT,
+    "shortcut": _TEXT,
+    "batch_norm_momentum": _FRACTION,
+    "batch_norm_epsilon": _POSITIVE,
+    "dtype": _one_of("float32", "bfloat16"),
+    "weights": _anything,
+    "activations": _anything,
+    "rules": _of_type((tuple, list), "a tuple of mappings"),
+    "calibration_examples": _COUNT,
+    "init_from": _TEXT,
+    "dataset": _one_of(*DATASETS),
+    "data_dir": _TEXT,
+    "validation_examples": _COUNT_OR_ZERO,
+    "mean": _numbers(3, 0),
+    "std": _numbers(3, 1e-6),
+    "augmentation": {
+        "crop_padding": _COUNT_OR_ZERO,
+        "flip": _FLAG,
+        "cutout": _COUNT_OR_ZERO,
+        "mixup_alpha": _NOT_NEGATIVE,
+        "cutmix_alpha": _NOT_NEGATIVE,
+    },
+    "batch_size": _COUNT,
+    "num_epochs": _POSITIVE,
+    "num_train_steps": _number(-1, integer=True),
+    "optimizer": _one_of("sgd", "adam"),
+    "momentum": _FRACTION,
+    "nesterov": _FLAG,
+    "learning_rate": _NOT_NEGATIVE,
+    "schedule": _one_of("cosine", "onecycle", "step", "constant"),
+    "warmup_epochs": _NOT_NEGATIVE,
+    "milestone_epochs": _numbers(None, 0),
+    "milestone_factor": _FRACTION,
+    "weight_decay": _NOT_NEGATIVE,
+    "gradient_clip": _NOT_NEGATIVE,
+    "loss": _one_of("cross_entropy", "squared_hinge"),
+    "label_smoothing": _FRACTION,
+    "ema_decay": _FRACTION,
+    "quantizer_optimizer": _one_of("sgd", "adam"),
+    "quantizer_learning_rate": _NOT_NEGATIVE,
+    "seed": _number(0, 2**32 - 1, integer=True),
+    "num_devices": _COUNT_OR_ZERO,
+    "steps_per_dispatch": _COUNT_OR_ZERO,
+    "eval_batch_size": _COUNT,
+    "log_every_steps": _COUNT,
+    "eval_every_epochs": _POSITIVE,
+    "checkpoint_every_steps": _COUNT,
+    "keep_checkpoints": _COUNT,
+}
+
+
+def validate(config: Mapping) -> None:
+    """Checks every field's name, type and range.
+
+    Raises:
+      UserError: one line that names the field, its value, the choices and the remedy.
+    """
+    _validate_group(config, FIELDS, "config.")
+    require(
+        config["num_train_steps"] != 0,
+        "config.num_train_steps=0: must be positive, or -1 to train for num_epochs",
+    )
+    require(
+        config["label_smoothing"] < 1,
+        f"config.label_smoothing={config['label_smoothing']!r}: must be below 1, labels vanish at 1",
+    )
+
+
+def _validate_group(config: Mapping, fields: Mapping, prefix: str) -> None:
+    for name in config:
+        if name not in fields:
+            raise UserError(
+                f"{prefix}{name}: no such field{closest(name, fields)}; configs/default.py lists them all"
+            )
+    for name, check in fields.items():
+        require(name in config, f"{prefix}{name}: missing; start from configs/default.py")
+        if isinstance(check, Mapping):
+            _validate_group(config[name], check, f"{prefix}{name}.")
+        else:
+            check(f"{prefix}{name}", config[name])
+
+
+def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the configuration into the workdir, for every later command."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / FILE).write_text(json.dumps(_plain(config), indent=2) + "\n")
+
+
+def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads the configuration of a workdir.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = workdir / FILE
+    require(path.is_file(), f"{workdir}: not a workdir, it has no {FILE}; train.py makes one")
+    try:
+        fields = json.loads(path.read_text())
+        config = ml_collections.ConfigDict(fields)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); restore it from another copy") from None
+    validate(config)
+    return config
+
+
+def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises `UserError` with the differing fields if the workdir holds a run of another configuration."""
+    if not (workdir / FILE).exists():
+        return
+    new, old = (_flat(_plain(c)) for c in (config, load(workdir)))
+    missing = object()
+    differing = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+    require(
+        not differing,
+        f"{workdir}: holds a run of another configuration ({'; '.join(differing)}); "
+        "choose another --workdir, or the same configuration to resume it",
+    )
+
+
+def _plain(value):
+    """The value in the types of JSON, as it comes back from a file."""
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(fields: Mapping, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in fields.items():
+        flat.update(
+            _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        )
+    return flat

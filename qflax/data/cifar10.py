@@ -1,0 +1,212 @@
+"""CIFAR-10 in the on-disk format of TensorFlow Datasets, read and prepared without TensorFlow."""
+
+import contextlib
+import io
+import os
+import pathlib
+import tarfile
+import tempfile
+import textwrap
+import urllib.parse
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+import requests
+import tensorflow_datasets as tfds
+from absl import logging
+from PIL import Image
+from tensorflow_datasets.image_classification import cifar
+
+from qflax.errors import UserError
+
+_VERSION = "3.0.2"
+_SHAPE = (32, 32, 3)
+_FORMAT = "array_record"  # The one format of TFDS that is read and written without TensorFlow.
+_CHUNK = 2500  # Examples that a decoding thread takes at a time.
+_BLOCK_BYTES = 1 << 20
+_TIMEOUT_S = (10, 30)  # To connect; between two parts of the download.
+_REMEDY = f"set TFDS_DATA_DIR or --config.data_dir to a directory that holds cifar10/{_VERSION}"
+
+
+def read(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of a split, in TFDS's order.
+
+    A set that is not prepared yet is downloaded and prepared in `data_dir` first; an archive at
+    `<data_dir>/downloads/manual/cifar-10-binary.tar.gz` (TFDS's place for files fetched by hand)
+    is used instead of the download.
+
+    Args:
+        split: 'train' (50,000 examples) or 'test' (10,000).
+        data_dir: directory that holds, or shall hold, cifar10/3.0.2; None stands for TFDS_DATA_DIR
+            in the environment, or TFDS's default ~/tensorflow_datasets.
+
+    Returns:
+        images uint8 [examples, 32, 32, 3] and labels int32 [examples].
+
+    Raises:
+        UserError: if the set is neither there nor to be had, or is damaged.
+    """
+    root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    directory = root / "cifar10" / _VERSION
+    if not directory.exists():
+        _prepare(root)
+    builder = _open(directory)
+    files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
+    names = ", ".join(str(path) for path in files)
+    if not all(path.is_file() for path in files):
+        raise _damaged(names, directory, "missing")
+    try:
+        return _decode(builder, split)
+    except Exception as error:  # array_record, protobuf and PIL raise unrelated types.
+        raise _damaged(names, directory, f"damaged ({_reason(error)})") from error
+
+
+def _open(directory: pathlib.Path) -> Any:
+    """Returns TFDS's read-only builder of a prepared directory."""
+    try:
+        builder = tfds.builder_from_directory(directory)
+        missing = {"train", "test"} - set(builder.info.splits)
+    except Exception as error:  # A missing or damaged JSON file raises unrelated types.
+        what = f"dataset_info.json or features.json in {directory}"
+        raise _damaged(what, directory, f"missing or damaged ({_reason(error)})") from error
+    if missing:
+        raise _damaged(f"the split {min(missing)!r} in {directory}", directory, "missing")
+    if builder.info.file_format.value != _FORMAT:
+        raise UserError(
+            f"cifar10: {directory} is in the format {builder.info.file_format.value!r}, which only "
+            f"TensorFlow reads; set TFDS_DATA_DIR or --config.data_dir to another directory to "
+            f"have it prepared there as {_FORMAT!r}"
+        )
+    return builder
+
+
+def _decode(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes all PNG images of a split; PIL releases the interpreter lock, so in threads."""
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    images = np.empty((len(source), *_SHAPE), np.uint8)
+    labels = np.empty(len(source), np.int32)
+
+    def decode(first: int) -> None:
+        chunk = range(first, min(first + _CHUNK, len(source)))
+        for index, record in zip(chunk, source.__getitems__(chunk), strict=True):
+            images[index] = Image.open(io.BytesIO(record["image"]), formats=("PNG",))
+            labels[index] = record["label"]
+
+    with futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(decode, range(0, len(source), _CHUNK)))
+    return images, labels
+
+
+class _Builder(cifar.Cifar10, skip_registration=True):
+    """TFDS's CIFAR-10 builder with the steps replaced for which it needs TensorFlow.
+
+    Those are the extraction of the archive, the reading of the binary batches and the encoding of
+    the images; the archive's address and checksum, the order and the files stay TFDS's.
+    """
+
+    name = "cifar10"
+    VERSION = tfds.core.Version(_VERSION)
+
+    @property
+    def source(self) -> cifar.CifarInfo:
+        """Address and file names of the published archive."""
+        return self._cifar_info
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        names = self.source
+        archive = dl_manager.download(names.url)  # Checks the checksum, too.
+        with tarfile.open(archive) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        labels = members[names.prefix + names.label_files[0]].decode().split()
+        self.info.features["label"].names = labels
+        batches = {
+            split: [members[names.prefix + file] for file in files]
+            for split, files in (("train", names.train_files), ("test", names.test_files))
+        }
+        return {split: self._generate_examples(f"{split}_", parts) for split, parts in batches.items()}
+
+    def _generate_examples(
+        self, split_prefix: str, filepaths: list[bytes]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the examples of binary batches: records of 1 label and 3x32x32 image bytes."""
+        height, width, channels = _SHAPE
+        for index, record in enumerate(
+            np.frombuffer(b"".join(filepaths), np.uint8).reshape(-1, 1 + height * width * channels)
+        ):
+            pixels = record[1:].reshape(channels, height, width).transpose(1, 2, 0)
+            yield (
+                index,
+                {
+                    "id": f"{split_prefix}{index:05d}",
+                    "image": Image.fromarray(np.ascontiguousarray(pixels)),
+                    "label": int(record[0]),
+                },
+            )
+
+
+def _prepare(root: pathlib.Path) -> None:
+    """Writes `<root>/cifar10/3.0.2`, and nothing if that fails."""
+    builder = _Builder(data_dir=root)
+    url = builder.source.url
+    by_hand = root / "downloads" / "manual" / os.path.basename(url)
+    try:
+        if by_hand.is_file():
+            _write(builder, root, by_hand)
+            return
+        # Not TFDS's downloader: it sets no timeout, and its ten retries go on for minutes.
+        with requests.get(url, stream=True, timeout=_TIMEOUT_S) as response:
+            response.raise_for_status()
+            with _scratch(root) as scratch:
+                logging.info("Downloading %s for %s", url, root)
+                archive = scratch / by_hand.name
+                with archive.open("wb") as file:
+                    for block in response.iter_content(_BLOCK_BYTES):
+                        file.write(block)
+                _write(builder, root, archive)
+    except requests.RequestException as error:
+        raise UserError(
+            f"cifar10: not found under {root}, and it could not be downloaded "
+            f"({type(error).__name__}: {urllib.parse.urlsplit(url).hostname}); {_REMEDY}, "
+            "or run on a machine with network"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cifar10: not found under {root}, where nothing can be written either "
+            f"({_reason(error)}); {_REMEDY}"
+        ) from error
+
+
+def _write(builder: _Builder, root: pathlib.Path, archive: pathlib.Path) -> None:
+    """Writes the prepared dataset from an archive whose checksum TFDS knows."""
+    config = tfds.download.DownloadConfig(manual_dir=archive.parent, try_download_gcs=False)
+    with _scratch(root) as scratch:
+        try:
+            builder.download_and_prepare(file_format=_FORMAT, download_dir=scratch, download_config=config)
+        except Exception as error:  # TFDS, tarfile and PIL raise unrelated types.
+            if (root / "cifar10" / _VERSION).exists():
+                return  # Another process was faster.
+            raise UserError(
+                f"cifar10: {archive} could not be prepared ({_reason(error)}); "
+                f"delete it where it was put by hand and start again, or {_REMEDY}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _scratch(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a directory under `root` that is removed afterwards."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cifar10.scratch.", dir=root) as name:
+        yield pathlib.Path(name)
+
+
+def _damaged(what: str, directory: pathlib.Path, reason: str) -> UserError:
+    return UserError(
+        f"cifar10: {what} is {reason}; delete {directory} to have it prepared again, or {_REMEDY}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of an error's message, shortened."""
+    return textwrap.shorten(str(error).partition("\n")[0] or type(error).__name__, 300)

@@ -1,0 +1,164 @@
+"""A split of an image classification dataset held in memory, and its loading by name."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from qflax.errors import UserError, closest
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Images and labels of one split, in stored order.
+
+    Attributes:
+        images: uint8 [examples, height, width, channels], values 0..255.
+        labels: int32 [examples], values 0..num_classes - 1.
+        num_classes: number of classes.
+        name: name under which `load` found it.
+
+    Raises:
+        ValueError: if shapes, dtypes or label values contradict the above.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    name: str
+
+    def __post_init__(self):
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"{self.name}: images must be uint8 [examples, height, width, channels], "
+                f"got {images.dtype} {images.shape}"
+            )
+        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{self.name}: labels must be int32 [{images.shape[0]}], got {labels.dtype} {labels.shape}"
+            )
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise ValueError(
+                f"{self.name}: labels must lie in 0..{self.num_classes - 1}, "
+                f"got {labels.min()}..{labels.max()}"
+            )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+        return self.images.shape[0]
+
+
+def load(name: str, split: str, *, data_dir: str | None = None, validation_examples: int = 0) -> Dataset:
+    """Loads one split of a registered dataset into memory.
+
+    Args:
+        name: one of `DATASETS`.
+        split: 'train' (the stored training set without its last `validation_examples`),
+            'validation' (those last `validation_examples`, in stored order) or 'test'.
+        data_dir: directory that holds prepared datasets; None stands for the environment
+            variable TFDS_DATA_DIR, or ~/tensorflow_datasets where that is not set. Not used by
+            'digits', which scikit-learn carries.
+        validation_examples: how many training examples are held out for validation.
+
+    Returns:
+        The split.
+
+    Raises:
+        UserError: if an argument is not valid, or the data is missing or damaged.
+    """
+    data_format(name)  # Checks the name.
+    if split not in SPLITS:
+        raise UserError(
+            f"unknown split {split!r}{closest(split, SPLITS)} of {name}; choose one of {_listed(SPLITS)}"
+        )
+    if split == "validation" and validation_examples == 0:
+        raise UserError(
+            f"split 'validation' of {name} is empty: validation_examples is 0; "
+            "set it to 1 or more, or choose the split 'test'"
+        )
+    if split == "test":
+        return _dataset(name, *_READERS[name]("test", data_dir))
+    train, validation = load_training(name, data_dir=data_dir, validation_examples=validation_examples)
+    return train if split == "train" else validation
+
+
+def load_training(
+    name: str, *, data_dir: str | None = None, validation_examples: int = 0
+) -> tuple[Dataset, Dataset]:
+    """Loads the splits 'train' and 'validation' (which may be empty) in one reading.
+
+    Arguments and errors as of `load`.
+    """
+    data_format(name)  # Checks the name.
+    images, labels = _READERS[name]("train", data_dir)
+    first = _first_validation_example(name, len(labels), validation_examples)
+    return (
+        _dataset(name, images[:first], labels[:first]),
+        _dataset(name, images[first:], labels[first:]),
+    )
+
+
+def _dataset(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    return Dataset(images=images, labels=labels, num_classes=data_format(name).num_classes, name=name)
+
+
+def _first_validation_example(name: str, stored: int, validation_examples: int) -> int:
+    if not 0 <= validation_examples < stored:
+        raise UserError(
+            f"validation_examples is {validation_examples}, but {name} stores {stored} training "
+            f"examples; choose 0..{stored - 1}"
+        )
+    return stored - validation_examples
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFormat:
+    """What a network must know of a dataset before any of it is read.
+
+    Attributes:
+        image_shape: (height, width, channels).
+        num_classes: number of classes.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+
+def data_format(name: str) -> DataFormat:
+    """Returns the format of a registered dataset, without reading it."""
+    if name not in _READERS:
+        raise UserError(
+            f"unknown dataset {name!r}{closest(name, DATASETS)}; choose one of {_listed(DATASETS)}"
+        )
+    return _FORMATS[name]
+
+
+# The readers' modules need libraries that are slow to import, so that each is imported when used.
+def _read_cifar10(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    from qflax.data import cifar10
+
+    return cifar10.read(split, data_dir)
+
+
+def _read_digits(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    del data_dir  # scikit-learn carries the images.
+    from qflax.data import digits
+
+    return digits.read(split)
+
+
+_READERS: dict[str, Callable[[str, str | None], tuple[np.ndarray, np.ndarray]]] = {
+    "cifar10": _read_cifar10,
+    "digits": _read_digits,
+}
+_FORMATS = {"cifar10": DataFormat((32, 32, 3), 10), "digits": DataFormat((32, 32, 3), 10)}
+
+DATASETS = tuple(_READERS)

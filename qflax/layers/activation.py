@@ -1,0 +1,66 @@
+"""Activation functions, and other places in a network where values may be put on a grid."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from qflax.layers.cost import report
+from qflax.layers.operands import quantize_activations
+from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of
+
+
+class Activation(nn.Module):
+    """An activation function followed by a quantizer.
+
+    Attributes:
+      function: elementwise; the output of `nn.relu` counts as unsigned, of any other as signed, where the
+        spec leaves it open.
+      quantization: the policy, asked for this layer's `activations`.
+    """
+
+    function: Callable[[jax.Array], jax.Array] = nn.relu
+    quantization: Quantization = FLOAT
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array | QuantizedArray:
+        """Maps [batch, ...] to the same shape; quantized values come with their grid."""
+        signed = self.function is not nn.relu
+        quantizer = quantize_activations(self, self.quantization, signed, by_default=True)
+        y = self.function(x)
+        y = y if quantizer is None else quantizer(y)
+        report(
+            self,
+            kind="activation",
+            roles=("activations",),
+            activations=math.prod(x.shape[1:]),
+            activation_bits=bits_of(y),
+        )
+        return y
+
+
+class Quantize(nn.Module):
+    """A place that is float unless a rule quantizes it, such as the network's input.
+
+    Attributes:
+      signed: whether the data is signed, where the spec leaves it open.
+      quantization: the policy, asked for this layer's `activations`.
+    """
+
+    signed: bool = True
+    quantization: Quantization = FLOAT
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array | QuantizedArray:
+        """Maps [batch, ...] to the same shape; quantized values come with their grid."""
+        quantizer = quantize_activations(self, self.quantization, self.signed, by_default=False)
+        y = x if quantizer is None else quantizer(x)
+        report(
+            self,
+            kind="activation",
+            roles=("activations",),
+            activations=0 if quantizer is None else math.prod(x.shape[1:]),
+            activation_bits=bits_of(y),
+        )
+        return y

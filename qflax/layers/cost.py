@@ -1,0 +1,91 @@
+"""What a layer costs: parameters, bits, operations. Layers report it, nothing recomputes it."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import flax.struct
+import jax
+
+COST = "cost"  # Linen collection that layers sow a `LayerCost` into when it is mutable.
+
+
+@flax.struct.dataclass
+class LayerCost:
+    """Costs of one layer for one example.
+
+    The counts are static; the bits are values, so that learned widths can be penalised.
+
+    Attributes:
+      path: the layer's path, `/` between module names.
+      kind: `conv`, `dense` or `activation`.
+      roles: what rules may say about the layer.
+      weights: elements of the kernel.
+      biases: elements of the bias, 32 bits each.
+      macs: multiply-accumulate operations.
+      activations: elements that an activation layer writes.
+      weight_bits, input_bits, activation_bits: bits per element; 32 is float.
+    """
+
+    path: str = flax.struct.field(pytree_node=False)
+    kind: str = flax.struct.field(pytree_node=False)
+    roles: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    weights: int = flax.struct.field(pytree_node=False, default=0)
+    biases: int = flax.struct.field(pytree_node=False, default=0)
+    macs: int = flax.struct.field(pytree_node=False, default=0)
+    activations: int = flax.struct.field(pytree_node=False, default=0)
+    weight_bits: jax.Array | int = 32
+    input_bits: jax.Array | int = 32
+    activation_bits: jax.Array | int = 32
+
+    @property
+    def weight_bytes(self):
+        """Bytes of kernel and bias."""
+        return (self.weights * self.weight_bits + self.biases * 32) / 8
+
+    @property
+    def activation_bytes(self):
+        """Bytes of the layer's output for one example."""
+        return self.activations * self.activation_bits / 8
+
+    @property
+    def bit_operations(self):
+        """Multiply-accumulates times the bits of both operands."""
+        return self.macs * self.weight_bits * self.input_bits
+
+
+def report(module: nn.Module, **fields) -> None:
+    """Sows the cost of `module` where the collection is mutable, but not among initial variables."""
+    if module.is_initializing():
+        return
+    cost = LayerCost(path="/".join(module.path), **fields)
+    module.sow(COST, "cost", cost, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def sown_costs(state: Mapping) -> tuple[LayerCost, ...]:
+    """The costs in a state that a forward pass with `COST` mutable returned, in the order of the network."""
+
+    def walk(tree):
+        for value in tree.values():
+            yield from [value] if isinstance(value, LayerCost) else walk(value)
+
+    return tuple(walk(state.get(COST, {})))
+
+
+def layer_costs(model: nn.Module, variables: Mapping, example: jax.Array, **call) -> tuple[LayerCost, ...]:
+    """Costs of all layers of a model, in the order of the network.
+
+    Args:
+      model: a module built of qflax layers.
+      variables: its variables, real or abstract (`jax.eval_shape`); with abstract ones the bits are too.
+      example: input [1, ...]; its values do not matter.
+      **call: arguments of the model, such as `train=False`.
+    """
+
+    def forward(variables):
+        return sown_costs(model.apply(variables, example, mutable=[COST], **call)[1])
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables))
+    # Under jit only what the bits depend on is computed.
+    costs = jax.eval_shape(forward, variables) if abstract else jax.jit(forward)(variables)
+    # As Python numbers: products of int32 would overflow.
+    return costs if abstract else jax.tree.map(lambda bits: bits.item(), costs)

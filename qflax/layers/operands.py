@@ -1,0 +1,42 @@
+"""Operands of a convolution or matrix product: kernel and input, quantized where the policy says so."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qflax.quantizers import Quantization, QuantizedArray, UniformQuantizer
+
+
+def quantize_weights(
+    layer: nn.Module, quantization: Quantization, kernel: jax.Array
+) -> jax.Array | QuantizedArray:
+    """The layer's kernel [..., features] through its quantizer, or as it is."""
+    spec = quantization.spec("weights", "/".join(layer.path))
+    if spec is None:
+        return kernel
+    return UniformQuantizer(spec=spec, weights=True, name="weights")(kernel)
+
+
+def quantize_activations(
+    layer: nn.Module,
+    quantization: Quantization,
+    signed: bool,
+    *,
+    by_default: bool,
+) -> UniformQuantizer | None:
+    """The layer's activation quantizer, made in the layer's scope, or None for float."""
+    spec = quantization.spec("activations", "/".join(layer.path), by_default=by_default)
+    if spec is None:
+        return None
+    return UniformQuantizer(
+        spec=spec,
+        weights=False,
+        signed=signed,
+        axis_name=quantization.axis_name,
+        name="activations",
+    )
+
+
+def compute_dtype(dtype: jnp.dtype | None, x: jax.Array) -> jnp.dtype:
+    """The dtype to compute in: the layer's, or that of its input."""
+    return jnp.dtype(x.dtype if dtype is None else dtype)

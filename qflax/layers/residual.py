@@ -1,0 +1,37 @@
+"""Addition of a residual branch to its shortcut."""
+
+import flax.linen as nn
+import jax
+
+from qflax.layers.cost import report
+from qflax.layers.operands import quantize_activations
+from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
+
+
+class Add(nn.Module):
+    """Adds two branches; by a rule both go through one shared quantizer first, so that codes can be added.
+
+    Attributes:
+      signed: whether the branches are signed, where the spec leaves it open.
+      quantization: the policy, asked for this layer's `activations`; float by default.
+    """
+
+    signed: bool = True
+    quantization: Quantization = FLOAT
+
+    @nn.compact
+    def __call__(self, branch: jax.Array | QuantizedArray, shortcut: jax.Array | QuantizedArray) -> jax.Array:
+        """Adds two arrays [batch, ...] of one shape."""
+        operands = [value_of(branch), value_of(shortcut)]
+        quantizer = quantize_activations(self, self.quantization, self.signed, by_default=False)
+        if quantizer is not None:
+            operands = [quantizer(x) for x in operands]
+        total = value_of(operands[0]) + value_of(operands[1])
+        report(
+            self,
+            kind="activation",
+            roles=("activations",),
+            activations=0 if quantizer is None else 2 * total[0].size,
+            activation_bits=bits_of(operands[0]),
+        )
+        return total

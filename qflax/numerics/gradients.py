@@ -1,0 +1,45 @@
+"""Identities in the forward pass that shape the gradient of a quantizer's own parameters."""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def scale_gradient(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+    """Returns `x` exactly; its gradient is multiplied by `factor`.
+
+    `x * factor + stop_gradient(x * (1 - factor))`, the usual form, is off by rounding.
+    """
+    del factor
+    return x
+
+
+scale_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None))
+
+
+@jax.custom_vjp
+def floor_at(x: jax.Array, lowest: float) -> jax.Array:
+    """`max(x, lowest)` whose gradient is 1 on both sides, so that a scale at its floor can recover."""
+    return jnp.maximum(x, lowest)
+
+
+floor_at.defvjp(lambda x, lowest: (jnp.maximum(x, lowest), None), lambda _, g: (g, None))
+
+
+@jax.custom_vjp
+def power_of_two(x: jax.Array) -> jax.Array:
+    """Power of two nearest to positive `x` in the log domain, exactly representable.
+
+    Gradient `y / x`: straight-through for the rounding of `log2(x)` (Jain et al. 2020, TQT, section 3.3).
+    """
+    exponent = jnp.round(jnp.log2(x)).astype(jnp.int32)
+    # exp2 is inexact at integers on some backends; ldexp never is.
+    return jnp.ldexp(jnp.ones_like(x), exponent)
+
+
+def _power_of_two_forward(x):
+    y = power_of_two(x)
+    return y, y / x
+
+
+power_of_two.defvjp(_power_of_two_forward, lambda ratio, g: (g * ratio,))

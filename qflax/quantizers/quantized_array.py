@@ -1,0 +1,36 @@
+"""An array on a quantizer's grid, together with the grid."""
+
+import flax.struct
+import jax
+
+from qflax.numerics import IntegerFormat
+
+
+@flax.struct.dataclass
+class QuantizedArray:
+    """Values on a grid, as quantizers return them and quantized layers accept them.
+
+    A layer that must know its input's grid (number of operations, accumulator bounds, bias scale) takes
+    it from here; arithmetic on `value` is arithmetic on plain floats and drops the grid.
+
+    Attributes:
+      value: float array, every element equal to `scale * (code - zero_point)`.
+      scale: float32, scalar or [channels].
+      zero_point: integer-valued float32, like `scale`.
+      format: the number format of the codes.
+    """
+
+    value: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    format: IntegerFormat = flax.struct.field(pytree_node=False)
+
+
+def value_of(x: jax.Array | QuantizedArray) -> jax.Array:
+    """The plain array."""
+    return x.value if isinstance(x, QuantizedArray) else x
+
+
+def bits_of(x: jax.Array | QuantizedArray) -> int:
+    """Bits per element: those of the format, or 32 for a plain array."""
+    return x.format.bits if isinstance(x, QuantizedArray) else 32

@@ -1,0 +1,131 @@
+"""Which layer gets which quantizer: default specs and ordered rules on layer paths."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+
+from qflax.errors import UserError, closest, require
+from qflax.quantizers.spec import Uniform, spec_from_dict
+
+ROLES = ("weights", "activations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Overrides for the layers whose path matches a glob pattern.
+
+    Attributes:
+      layers: pattern on the path, `/` between module names; `*` also crosses `/`.
+      overrides: role (`weights`, `activations`) -> None for float, or the spec's fields to change; with
+        `kind` among them, a spec of its own.
+    """
+
+    layers: str
+    overrides: Mapping[str, Mapping | None]
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule is about the layer at `path`."""
+        return fnmatch.fnmatchcase(path, self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """A model's quantization policy. Later rules override earlier ones.
+
+    Attributes:
+      weights: default for the kernel of every convolution and dense layer; None is float.
+      activations: default for the output of every activation function; None is float.
+      rules: exceptions, in order. Places that are float by default (the input, the branches of a
+        residual addition, ...) are quantized by a rule only.
+      axis_name: mapped axis that shares a batch, for running averages.
+    """
+
+    weights: Uniform | None = None
+    activations: Uniform | None = None
+    rules: Sequence[Rule] = ()
+    axis_name: str | None = None
+
+    def spec(self, role: str, path: str, *, by_default: bool = True) -> Uniform | None:
+        """The spec in force for `role` at the layer `path`.
+
+        Args:
+          role: `weights` or `activations`.
+          path: the layer's path, `/` between module names.
+          by_default: whether the layer takes the default spec without a rule.
+        """
+        default = getattr(self, role)
+        spec = default if by_default else None
+        for i, rule in enumerate(self.rules):
+            if role in rule.overrides and rule.matches(path):
+                base = spec or default
+                spec = _override(base, rule.overrides[role], f"rules[{i}].{role}")
+        return spec
+
+    def check(self, sites: Iterable[tuple[str, str]]) -> None:
+        """Raises `UserError` for a rule, or a role of one, that applies to none of the (role, path) sites."""
+        sites = list(sites)
+        paths = sorted({path for _, path in sites})
+        for i, rule in enumerate(self.rules):
+            matched = [(role, path) for role, path in sites if rule.matches(path)]
+            if not matched:
+                raise UserError(
+                    f"rules[{i}]: no layer matches {rule.layers!r}{closest(rule.layers, paths)}; "
+                    f"layers: {', '.join(paths)}"
+                )
+            for role in rule.overrides:
+                if role not in {role for role, _ in matched}:
+                    raise UserError(
+                        f"rules[{i}]: {rule.layers!r} matches {matched[0][1]!r}, which has no {role}; "
+                        f"it has {', '.join(sorted({role for role, _ in matched}))}"
+                    )
+
+
+FLOAT = Quantization()  # Quantizes nothing.
+
+
+def quantization_from_config(
+    weights: Mapping | None,
+    activations: Mapping | None,
+    rules: Iterable[Mapping],
+    axis_name: str | None = None,
+) -> Quantization:
+    """Makes the policy from a config's fields `weights`, `activations` and `rules`.
+
+    A rule is a mapping such as `{"layers": "conv_init", "weights": {"bits": 8}, "activations": None}`.
+
+    Raises:
+      UserError: unknown fields or impossible values, naming the field.
+    """
+    parsed = []
+    for i, fields in enumerate(rules):
+        require(
+            isinstance(fields, Mapping) and isinstance(fields.get("layers"), str),
+            f"rules[{i}]={fields!r}: a rule is a mapping with 'layers' (a pattern) and overrides",
+        )
+        overrides = {name: value for name, value in fields.items() if name != "layers"}
+        for name, value in overrides.items():
+            if name not in ROLES:
+                raise UserError(
+                    f"rules[{i}].{name}: no such role{closest(name, ROLES)}; choices: {', '.join(ROLES)}"
+                )
+            require(
+                value is None or isinstance(value, Mapping),
+                f"rules[{i}].{name}={value!r}: must be None or a mapping of spec fields",
+            )
+        parsed.append(Rule(fields["layers"], overrides))
+    policy = Quantization(
+        spec_from_dict(weights, "weights"),
+        spec_from_dict(activations, "activations"),
+        tuple(parsed),
+        axis_name,
+    )
+    for i, rule in enumerate(parsed):
+        for role, fields in rule.overrides.items():
+            _override(getattr(policy, role), fields, f"rules[{i}].{role}")
+    return policy
+
+
+def _override(base: Uniform | None, fields: Mapping | None, where: str) -> Uniform | None:
+    if fields is None or base is None or "kind" in fields:
+        return spec_from_dict(fields, where)
+    return spec_from_dict({**dataclasses.asdict(base), **fields}, where)

@@ -1,0 +1,125 @@
+"""From a configuration to the parts of a run."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from qflax.data import data_format
+from qflax.data.augment import Augmentation
+from qflax.layers import LayerCost, layer_costs
+from qflax.models import build_model
+from qflax.quantizers import Quantization, quantization_from_config
+from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
+from qflax.training.parallel import AXIS, Devices
+from qflax.training.schedules import relative_learning_rate
+from qflax.training.state import TrainState, create_state, initial_variables
+from qflax.training.step import TrainStep
+
+
+def quantization(config: ml_collections.ConfigDict, axis_name: str | None = None) -> Quantization:
+    """The quantization policy."""
+    fields = config.to_dict()
+    return quantization_from_config(fields["weights"], fields["activations"], fields["rules"], axis_name)
+
+
+def model(
+    config: ml_collections.ConfigDict, *, dtype: str = "float32", axis_name: str | None = None
+) -> nn.Module:
+    """The network; by default the one to evaluate: in float32, on one device.
+
+    Raises:
+      UserError: an impossible spec.
+    """
+    return build_model(
+        config.model,
+        num_classes=data_format(config.dataset).num_classes,
+        shortcut=config.shortcut,
+        batch_norm_momentum=config.batch_norm_momentum,
+        batch_norm_epsilon=config.batch_norm_epsilon,
+        dtype=jnp.dtype(dtype),
+        quantization=quantization(config, axis_name),
+        axis_name=axis_name,
+    )
+
+
+def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[LayerCost, ...]:
+    """Costs of all layers; `variables` may be abstract."""
+    example = np.zeros((1, *data_format(config.dataset).image_shape), np.float32)
+    return layer_costs(model(config), variables, example, train=False)
+
+
+def check_rules(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` for a rule that matches no layer."""
+    costs = measure_costs(config, abstract_state(config).variables)
+    quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)
+
+
+def hyperparameters(config: ml_collections.ConfigDict) -> Hyperparameters:
+    """The optimizer's numbers."""
+    names = (
+        "learning_rate",
+        "quantizer_learning_rate",
+        "momentum",
+        "weight_decay",
+        "gradient_clip",
+        "ema_decay",
+        "label_smoothing",
+    )
+    return as_numbers(**{name: config[name] for name in names})
+
+
+def optimizer_kinds(config: ml_collections.ConfigDict) -> OptimizerKinds:
+    """The optimizers."""
+    return OptimizerKinds(
+        weights=config.optimizer, quantizers=config.quantizer_optimizer, nesterov=config.nesterov
+    )
+
+
+def state(config: ml_collections.ConfigDict, variables: dict) -> TrainState:
+    """The state at step 0."""
+    optimizer = build_optimizer(optimizer_kinds(config), hyperparameters(config), 1.0)
+    return create_state(variables, optimizer, averaged=config.ema_decay > 0)
+
+
+def abstract_state(config: ml_collections.ConfigDict) -> TrainState:
+    """Shapes and dtypes of the state."""
+    network, shape = model(config), data_format(config.dataset).image_shape
+    return jax.eval_shape(lambda: state(config, initial_variables(network, shape, 0)))
+
+
+def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
+    """Length of the run in steps."""
+    if config.num_train_steps > 0:
+        return config.num_train_steps
+    return max(round(config.num_epochs * num_examples / config.batch_size), 1)
+
+
+def learning_rates(config: ml_collections.ConfigDict, num_examples: int):
+    """float32 [steps], relative to the peak."""
+    per_epoch = num_examples / config.batch_size
+    return relative_learning_rate(
+        config.schedule,
+        num_steps(config, num_examples),
+        round(config.warmup_epochs * per_epoch),
+        tuple(round(epoch * per_epoch) for epoch in config.milestone_epochs),
+        config.milestone_factor,
+    )
+
+
+def train_step(config: ml_collections.ConfigDict, devices: Devices) -> TrainStep:
+    """The step that every device makes."""
+    return TrainStep(
+        model=model(config, dtype=config.dtype, axis_name=AXIS),
+        optimizer=optimizer_kinds(config),
+        loss=config.loss,
+        batch_size=config.batch_size,
+        num_devices=len(devices),
+        num_classes=data_format(config.dataset).num_classes,
+        augmentation=Augmentation(**config.augmentation),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )

@@ -1,0 +1,103 @@
+"""Logs of a run: TensorBoard, JSON lines, and what the terminal shows."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import tensorboardX
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Logs:
+    """Writes numbers to `metrics.jsonl` and `tensorboard/` in the workdir.
+
+    A resumed run continues them: lines and events after the step that it resumes from are dropped, so
+    that nothing is there twice.
+
+    Attributes:
+      seconds: spent in training steps so far, over all starts of the run.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resumed_step: int):
+        """Opens the logs of a run that starts or continues at `resumed_step`."""
+        path = workdir / METRICS_FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+        self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(kept))
+        unfinished.replace(path)
+        self._file = path.open("a")
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1, flush_secs=30
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float], group: str) -> None:
+        """Writes scalars at a step: `group/name` in TensorBoard, one line in `metrics.jsonl`.
+
+        Args:
+          step: number of updates made.
+          scalars: name -> value.
+          group: such as `train` or `validation`.
+        """
+        self.seconds = max(self.seconds, scalars.get("seconds", 0.0))
+        for name, value in scalars.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)
+        self._file.write(json.dumps({"step": step, "group": group, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """A progress bar with the time left on a terminal, plain lines elsewhere (both on stderr)."""
+
+    def __init__(self, total: int, start: int, steps_per_epoch: float):
+        """Starts at step `start` of `total`."""
+        self._total, self._step, self._start = total, start, start
+        self._steps_per_epoch = steps_per_epoch
+        self._began = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if terminal else None
+
+    def advance(self, step: int) -> None:
+        """Moves to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._step)
+        self._step = step
+
+    def show(self, scalars: Mapping[str, float]) -> None:
+        """Shows the latest numbers."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            return
+        elapsed = time.monotonic() - self._began
+        left = elapsed / max(self._step - self._start, 1) * (self._total - self._step)
+        epoch = self._step / self._steps_per_epoch
+        left_text = f"{left / 60:.0f}m{left % 60:02.0f}s" if left < 3600 else f"{left / 3600:.1f}h"
+        self.say(f"step {self._step}/{self._total}  epoch {epoch:.2f}  {text}  left {left_text}")
+
+    def say(self, text: str) -> None:
+        """Prints a line without disturbing the bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """The complete lines of a file, or none where there is no file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

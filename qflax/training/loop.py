@@ -1,0 +1,288 @@
+"""The training loop."""
+
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import ml_collections
+import numpy as np
+
+from qflax import config as config_lib
+from qflax.data import Dataset, load_training
+from qflax.data.augment import normalize
+from qflax.data.order import epoch_order, window
+from qflax.errors import UserError
+from qflax.quantizers import PARAMETERS, calibrate
+from qflax.training import build
+from qflax.training import workdir as workdir_lib
+from qflax.training.checkpoints import FOLDER, Checkpoints
+from qflax.training.logs import Logs, Progress
+from qflax.training.parallel import Devices
+from qflax.training.provenance import provenance
+from qflax.training.state import TrainState, initial_variables
+from qflax.training.step import TrainingData
+from qflax.training.table import cost_table, cost_totals
+
+_CALIBRATION_BATCH = 256
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
+    """Trains as the configuration says, or goes on where an interrupted run of it stopped.
+
+    Args:
+      config: see `configs/default.py`.
+      workdir: receives everything: configuration, checkpoints, logs, result.
+
+    Returns:
+      The result, as written to `result.json`.
+
+    Raises:
+      UserError: bad input; divergence.
+    """
+    workdir = pathlib.Path(workdir)
+    config_lib.validate(config)
+    config_lib.check_unchanged(config, workdir)
+    return Trainer(config, workdir).run()
+
+
+class Trainer:
+    """One run."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+        """Builds all parts; the workdir is written only when they are known to fit."""
+        self.config, self.workdir = config, workdir
+        self.devices = Devices(
+            config.num_devices,
+            {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size},
+        )
+        build.check_rules(config)
+        self.step = build.train_step(config, self.devices)
+        self.train_set, validation = load_training(
+            config.dataset,
+            data_dir=config.data_dir or None,
+            validation_examples=config.validation_examples,
+        )
+        self.num_examples = self.train_set.num_examples
+        self.rates = build.learning_rates(config, self.num_examples)
+        self.numbers = build.hyperparameters(config)
+        self.evaluate = None
+        if validation.num_examples:
+            self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
+        config_lib.save(config, workdir)
+        self.origin = provenance(len(self.devices))
+        (workdir / workdir_lib.ENVIRONMENT_FILE).write_text(json.dumps(self.origin, indent=2) + "\n")
+        self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+
+    def run(self) -> dict[str, object]:
+        """Trains to the end and evaluates on the test split."""
+        state, start = self._initial_state()
+        finished = self.workdir / workdir_lib.RESULT_FILE
+        if start == len(self.rates) and finished.exists():
+            return json.loads(finished.read_text())
+        logs = Logs(self.workdir, start)
+        progress = Progress(len(self.rates), start, self.num_examples / self.config.batch_size)
+        progress.say(f"{self.origin['device']}, {self.num_examples} training images")
+        try:
+            state, last = self._steps(self.devices.replicate(state), start, logs, progress)
+            return self._finish(state, last, logs)
+        finally:
+            progress.close()
+            logs.close()
+            self.checkpoints.close()
+
+    def _initial_state(self) -> tuple[TrainState, int]:
+        """The state to go on from, and its step."""
+        latest = self.checkpoints.latest_step()
+        if latest is not None:
+            return self.checkpoints.restore(build.abstract_state(self.config), latest), latest
+        config = self.config
+        network = build.model(config)
+        variables = initial_variables(network, self.train_set.images.shape[1:], config.seed)
+        if config.init_from:
+            variables = workdir_lib.start_from(pathlib.Path(config.init_from), variables)
+        variables = calibrate(network, variables, self._calibration_batches(), train=True)
+        return build.state(config, variables), 0
+
+    def _calibration_batches(self):
+        """Normalised training images, the first of the first epoch."""
+        count = min(self.config.calibration_examples, self.num_examples)
+        size = min(_CALIBRATION_BATCH, count)
+        order = np.asarray(epoch_order(self.config.seed, 0, self.num_examples))
+        for start in range(0, count - size + 1, size):
+            images = self.train_set.images[order[start : start + size]]
+            yield normalize(images, self.config.mean, self.config.std)
+
+    def _steps(
+        self, state: TrainState, start: int, logs: Logs, progress: Progress
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Makes all steps from `start`; returns the last training metrics too.
+
+        What is due within a dispatch is done at its end.
+        """
+        config, total = self.config, len(self.rates)
+        on_cpu = self.devices.platform == "cpu"
+        chunk = min(
+            config.steps_per_dispatch or (1 if on_cpu else 50), self.num_examples // config.batch_size
+        )
+        eval_every = max(round(config.eval_every_epochs * self.num_examples / config.batch_size), 1)
+        dispatch = self.devices.pmap(functools.partial(self.step.many, unroll=on_cpu), donate=True)
+        stream = _Stream(self.train_set, config.seed, config.batch_size, self.devices)
+        meter, last, step = _Meter(logs.seconds, config.batch_size), {}, start
+        while step < total:
+            end = min((step // chunk + 1) * chunk, total)
+            state, metrics = dispatch(state, stream.at(step), self.rates[step:end], self.numbers)
+            meter.add(metrics)
+            progress.advance(end)
+
+            def due(every, step=step, end=end):
+                return end == total or end // every > step // every
+
+            evaluating = self.evaluate is not None and due(eval_every)
+            saving = evaluating or due(config.checkpoint_every_steps)
+            if saving or due(config.log_every_steps):
+                last = meter.read(end, self._last_good)
+                logs.write(end, last, "train")
+                progress.show(last)
+            if saving:
+                self._evaluate_and_save(state, end, evaluating, logs, progress)
+                meter.restart()
+            step = end
+        return state, last
+
+    def _evaluate_and_save(self, state, step, evaluating, logs, progress) -> None:
+        validation = self.evaluate(state.served) if evaluating else None
+        if validation is not None:
+            logs.write(step, validation, "validation")
+            progress.say(f"step {step}  validation accuracy {validation['accuracy']:.2%}")
+        host = jax.device_get(state)
+        costs = build.measure_costs(self.config, host.served)
+        logs.write(step, _sizes(costs), "size")
+        logs.write(step, _per_layer(costs, host.trained[PARAMETERS]), "layers")
+        self.checkpoints.save(state, step, validation)
+
+    def _last_good(self) -> str:
+        step = self.checkpoints.latest_step()
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.workdir / FOLDER / str(step)}"
+
+    def _finish(self, state: TrainState, last: dict[str, float], logs: Logs) -> dict[str, object]:
+        """Evaluates on the test split, once, and writes the result."""
+        config = self.config
+        validation = self.evaluate(state.served) if self.evaluate is not None else {}
+        test = workdir_lib.load_evaluator(config, "test", self.devices)(state.served)
+        served = jax.device_get(state.served)
+        costs = build.measure_costs(config, served)
+        steps = len(self.rates)
+        seconds = logs.seconds
+        result = {
+            "test_accuracy": test["accuracy"],
+            "test_top5_accuracy": test["top5_accuracy"],
+            "test_loss": test["loss"],
+            "validation_accuracy": validation.get("accuracy"),
+            "train_loss": last.get("loss"),
+            "epochs": steps * config.batch_size / self.num_examples,
+            "steps": steps,
+            "train_seconds": seconds,
+            "images_per_second": steps * config.batch_size / seconds if seconds else None,
+            "parameters": workdir_lib.count_parameters(served),
+            **cost_totals(costs),
+            **self.origin,
+        }
+        logs.write(steps, test, "test")
+        table = cost_table(costs)
+        (self.workdir / workdir_lib.TABLE_FILE).write_text(table + "\n")
+        (self.workdir / workdir_lib.RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+        return result
+
+
+class _Stream:
+    """The training set on the devices, with the part of the order that a dispatch needs."""
+
+    def __init__(self, dataset: Dataset, seed: int, batch_size: int, devices: Devices):
+        self._devices, self._batch_size = devices, batch_size
+        self._seed, self._num_examples = np.uint32(seed), dataset.num_examples
+        self._images, self._labels = devices.replicate((dataset.images, dataset.labels))
+        self._data = None
+
+    def at(self, step: int) -> TrainingData:
+        """Data for a dispatch that starts at `step` and is at most an epoch long."""
+        epoch = step * self._batch_size // self._num_examples
+        if self._data is None or epoch != int(self._epoch):
+            self._epoch = np.int32(epoch)
+            orders = window(self._seed, self._epoch, self._num_examples)
+            self._data = TrainingData(
+                images=self._images,
+                labels=self._labels,
+                window=self._devices.replicate(orders),
+                first_epoch=self._epoch,
+                seed=self._seed,
+            )
+        return self._data
+
+
+class _Meter:
+    """Training metrics and speed since the last reading; the only place that waits for the devices."""
+
+    def __init__(self, seconds: float, batch_size: int):
+        """Continues to count from `seconds`."""
+        self._seconds, self._batch_size = seconds, batch_size
+        self._pending = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out the time since the last reading."""
+        self._began = time.monotonic()
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics [steps] of a dispatch, without waiting for them."""
+        self._pending.append(metrics)
+
+    def read(self, step: int, last_good) -> dict[str, float]:
+        """Means over the steps since the last reading, images/s and training seconds so far.
+
+        Raises:
+          UserError: a loss is not finite; names the first such step, and `last_good()`.
+        """
+        rows = jax.device_get(self._pending)
+        self._pending = []
+        columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        bad = np.flatnonzero(~np.isfinite(columns["loss"]))
+        if bad.size:
+            first = step - len(columns["loss"]) + int(bad[0]) + 1
+            raise UserError(
+                f"the loss of step {first} is {columns['loss'][bad[0]]}; {last_good()}; "
+                "lower config.learning_rate or config.quantizer_learning_rate, or set config.gradient_clip"
+            )
+        elapsed = time.monotonic() - self._began
+        self._seconds += elapsed
+        self.restart()
+        means = {name: float(np.mean(values)) for name, values in columns.items()}
+        means["learning_rate"] = float(columns["learning_rate"][-1])
+        means["images_per_second"] = len(columns["loss"]) * self._batch_size / elapsed
+        means["seconds"] = self._seconds
+        return means
+
+
+def _sizes(costs) -> dict[str, float]:
+    totals = cost_totals(costs)
+    return {
+        "weight_kib": totals["weight_bytes"] / 1024,
+        "activation_kib_sum": totals["activation_bytes_sum"] / 1024,
+        "activation_kib_max": totals["activation_bytes_max"] / 1024,
+    }
+
+
+def _per_layer(costs, quantizer_params) -> dict[str, float]:
+    """Bits of every layer, and the mean of every learned scale or range."""
+    numbers = {}
+    for cost in costs:
+        if cost.macs:
+            numbers[f"{cost.path}/weight_bits"] = float(cost.weight_bits)
+        if cost.activations:
+            numbers[f"{cost.path}/activation_bits"] = float(cost.activation_bits)
+    for path, value in jax.tree_util.tree_leaves_with_path(quantizer_params):
+        numbers[jax.tree_util.keystr(path, simple=True, separator="/")] = float(np.mean(value))
+    return numbers

@@ -1,0 +1,85 @@
+"""Data parallelism: the one module that knows how steps are mapped over devices."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from qflax.errors import require
+
+AXIS = "batch"
+
+
+class Devices:
+    """The devices that share every batch.
+
+    State goes in and comes out replicated (`in_axes=None`, `out_axes=None`), as ordinary arrays that every
+    device holds whole.
+    """
+
+    def __init__(self, num_devices: int, batch_sizes: dict[str, int]):
+        """Takes the first `num_devices` devices, 0 for all.
+
+        Args:
+          num_devices: how many.
+          batch_sizes: config field -> batch size, each divided evenly by the devices.
+
+        Raises:
+          UserError: there are not so many devices, or a batch does not divide.
+        """
+        available = jax.devices()
+        require(
+            num_devices <= len(available),
+            f"config.num_devices={num_devices}: there are {len(available)}; set at most that, or 0 for all",
+        )
+        self.devices = available[: num_devices or len(available)]
+        for field, size in batch_sizes.items():
+            require(
+                size % len(self.devices) == 0,
+                f"config.{field}={size}: not divisible by {len(self.devices)} devices; choose a multiple "
+                f"of {len(self.devices)}, or set config.num_devices",
+            )
+        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+        self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        return self.devices[0].platform
+
+    def replicate(self, tree):
+        """Puts a tree of host arrays on every device."""
+        return jax.device_put(tree, self._replicated)
+
+    def pmap(self, function: Callable, donate: bool = False) -> Callable:
+        """Maps `function(state, index, *rest)` over the devices.
+
+        `index` is the device's place among all, an int32 scalar; everything else is replicated, and so must
+        be what `function` returns (reduced over `AXIS`).
+
+        Args:
+          function: runs on each device; collectives go over `AXIS`.
+          donate: whether the memory of `state` may be reused for the result.
+
+        Returns:
+          `(state, *rest) -> result`.
+        """
+        indices = np.arange(len(self), dtype=np.int32)
+        compiled = {}
+
+        def call(state, *rest):
+            if len(rest) not in compiled:
+                compiled[len(rest)] = jax.pmap(
+                    function,
+                    axis_name=AXIS,
+                    in_axes=(None, 0, *[None] * len(rest)),
+                    out_axes=None,
+                    devices=self.devices,
+                    donate_argnums=(0,) if donate else (),
+                )
+            return compiled[len(rest)](state, indices, *rest)
+
+        return call

@@ -1,0 +1,44 @@
+"""Where a result comes from: versions, commit, hardware, command."""
+
+import importlib.metadata
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def provenance(num_devices: int) -> dict[str, object]:
+    """Flat description of the run's origin.
+
+    Args:
+      num_devices: that the run uses.
+    """
+    device = jax.devices()[0]
+    return {
+        "device": f"{num_devices} x {device.device_kind} ({device.platform})",
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": git_commit(),
+        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def git_commit() -> str:
+    """The checkout's commit, `+changes` if files differ from it, or `unknown` outside a checkout."""
+    folder = pathlib.Path(__file__).parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,184 @@
+"""The training step on one device, and many of them in one dispatch."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from qflax.data.augment import Augmentation, augment, normalize
+from qflax.data.order import take
+from qflax.quantizers import PARAMETERS, constrain
+from qflax.training.losses import LOSSES, smooth
+from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_optimizer
+from qflax.training.parallel import AXIS
+from qflax.training.state import BATCH_STATS, OBSERVED, TrainState
+
+
+@flax.struct.dataclass
+class TrainingData:
+    """The training set on the device, with the order in which it is passed through.
+
+    Attributes:
+      images: uint8 [examples, height, width, channels].
+      labels: int32 [examples].
+      window: int32 [2 * examples], the orders of two epochs (`data.order.window`).
+      first_epoch: int32, the first of them.
+      seed: uint32, of everything random in the run.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    window: jax.Array
+    first_epoch: jax.Array
+    seed: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """One update from one batch; every device computes its share.
+
+    The batch at step t is the t-th run of `batch_size` positions of the training stream. Everything random
+    is a function of (seed, position) or (seed, step), so neither a resumed run nor another number of
+    devices draws differently.
+
+    Attributes:
+      model: with `AXIS` as the axis of its norms.
+      optimizer: kinds of optimizers.
+      loss: name in `LOSSES`.
+      batch_size: of all devices together.
+      num_devices: that share it.
+      num_classes: of the labels.
+      augmentation, mean, std: see `data.augment`.
+    """
+
+    model: nn.Module
+    optimizer: OptimizerKinds
+    loss: str
+    batch_size: int
+    num_devices: int
+    num_classes: int
+    augmentation: Augmentation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def many(
+        self,
+        state: TrainState,
+        index: jax.Array,
+        data: TrainingData,
+        relative_rates: jax.Array,
+        numbers: Hyperparameters,
+        *,
+        unroll: bool,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Makes as many steps as there are `relative_rates`.
+
+        Args:
+          state: before the steps.
+          index: of this device.
+          data: the training set.
+          relative_rates: [steps], from the schedule.
+          numbers: of the optimizer.
+          unroll: write the steps out instead of looping: in a loop (even one of a single round, such as
+            a scan that is unrolled) XLA's CPU backend computes a convolution's weight gradient tens of
+            times slower.
+
+        Returns:
+          The state after them, and metrics [steps].
+        """
+
+        def body(state, rate):
+            return self(state, index, data, rate, numbers)
+
+        if not unroll:
+            return jax.lax.scan(body, state, relative_rates)
+        rows = []
+        for i in range(len(relative_rates)):
+            state, metrics = body(state, relative_rates[i])
+            rows.append(metrics)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *rows)
+
+    def __call__(
+        self,
+        state: TrainState,
+        index: jax.Array,
+        data: TrainingData,
+        relative_rate: jax.Array,
+        numbers: Hyperparameters,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Makes one step; arguments and results as of `many`, for one step."""
+        key = jax.random.key(data.seed)
+        images, labels = self._batch(jax.random.fold_in(key, 0), state.step, index, data)
+        labels = smooth(labels, numbers.label_smoothing)
+        step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
+        rngs = {"quantization": jax.random.fold_in(step_key, index)}
+
+        def loss_of(trained):
+            logits, observed = self.model.apply(
+                {**trained, **state.observed}, images, train=True, mutable=list(OBSERVED), rngs=rngs
+            )
+            return jnp.mean(LOSSES[self.loss](logits, labels)), (logits, observed)
+
+        (loss, (logits, observed)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+        gradients = jax.lax.pmean(gradients, AXIS)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(labels, -1), dtype=jnp.float32),
+        }
+        metrics = {
+            **jax.lax.pmean(metrics, AXIS),
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": relative_rate * numbers.learning_rate,
+        }
+        observed = {name: observed.get(name, {}) for name in OBSERVED}
+        return self._update(state, gradients, observed, relative_rate, numbers), metrics
+
+    def _batch(self, key, step, index, data):
+        """This device's share of the batch: float32 images and label distributions."""
+        share = self.batch_size // self.num_devices
+        start = step * self.batch_size
+        places = index * share + jnp.arange(share)
+        chosen = take(data.window, data.first_epoch, start + places)
+        partners = (None, None)
+        if self.augmentation.mixes:
+            # The partner is the next image of the whole batch, wherever it is computed.
+            others = take(data.window, data.first_epoch, start + (places + 1) % self.batch_size)
+            partners = (data.images[others], data.labels[others])
+        images, labels = augment(
+            key,
+            start + places,
+            data.images[chosen],
+            data.labels[chosen],
+            *partners,
+            spec=self.augmentation,
+            num_classes=self.num_classes,
+        )
+        return normalize(images, self.mean, self.std), labels
+
+    def _update(
+        self,
+        state: TrainState,
+        gradients: Mapping,
+        observed: dict,
+        relative_rate: jax.Array,
+        numbers: Hyperparameters,
+    ) -> TrainState:
+        optimizer = build_optimizer(self.optimizer, numbers, relative_rate)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        trained = {**trained, PARAMETERS: constrain(trained[PARAMETERS])}
+        average = state.average
+        if average:
+            current = {**trained, BATCH_STATS: observed[BATCH_STATS]}
+            average = optax.incremental_update(current, average, 1 - numbers.ema_decay)
+        return TrainState(
+            step=state.step + 1,
+            trained=trained,
+            observed=observed,
+            opt_state=opt_state,
+            average=average,
+        )

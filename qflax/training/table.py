@@ -1,0 +1,84 @@
+"""The per-layer table and the totals of a network's cost."""
+
+from collections.abc import Sequence
+
+from qflax.layers import LayerCost
+
+
+def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
+    """Sums over the layers: bytes, operations; the maximum of the activations too.
+
+    Weight bytes cover kernels at their bits and biases at 32; norm parameters are not counted, as they
+    are folded into scales when deployed. Activation bytes are those of one example.
+    """
+    return {
+        "quantized_parameters": sum(cost.weights + cost.biases for cost in costs),
+        "weight_bytes": float(sum(cost.weight_bytes for cost in costs)),
+        "activation_elements": sum(cost.activations for cost in costs),
+        "activation_bytes_sum": float(sum(cost.activation_bytes for cost in costs)),
+        "activation_bytes_max": float(max((cost.activation_bytes for cost in costs), default=0)),
+        "macs": sum(cost.macs for cost in costs),
+        "bit_operations": float(sum(float(cost.bit_operations) for cost in costs)),
+    }
+
+
+def cost_table(costs: Sequence[LayerCost]) -> str:
+    """One line per layer that computes or stores something, and a line of totals."""
+    header = (
+        "layer",
+        "parameters",
+        "bits",
+        "KiB",
+        "MMAC",
+        "input bits",
+        "MBOP",
+        "activations",
+        "bits",
+        "KiB",
+    )
+    rows = [_row(cost) for cost in costs if cost.macs or cost.activations]
+    totals = cost_totals(costs)
+    rows.append(
+        (
+            "total",
+            f"{totals['quantized_parameters']:,}",
+            "",
+            f"{totals['weight_bytes'] / 1024:.2f}",
+            f"{totals['macs'] / 1e6:.3f}",
+            "",
+            f"{totals['bit_operations'] / 1e6:.1f}",
+            f"{totals['activation_elements']:,}",
+            "",
+            f"{totals['activation_bytes_sum'] / 1024:.2f}",
+        )
+    )
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [_line(header, widths), _line(["-" * width for width in widths], widths)]
+    lines += [_line(row, widths) for row in rows]
+    lines.append(f"largest activation: {totals['activation_bytes_max'] / 1024:.2f} KiB")
+    return "\n".join(lines)
+
+
+def _row(cost: LayerCost) -> tuple[str, ...]:
+    computes, stores = cost.macs > 0, cost.activations > 0
+    return (
+        cost.path,
+        f"{cost.weights + cost.biases:,}" if computes else "",
+        _bits(cost.weight_bits) if computes else "",
+        f"{float(cost.weight_bytes) / 1024:.2f}" if computes else "",
+        f"{cost.macs / 1e6:.3f}" if computes else "",
+        _bits(cost.input_bits) if computes else "",
+        f"{float(cost.bit_operations) / 1e6:.1f}" if computes else "",
+        f"{cost.activations:,}" if stores else "",
+        _bits(cost.activation_bits) if stores else "",
+        f"{float(cost.activation_bytes) / 1024:.2f}" if stores else "",
+    )
+
+
+def _bits(bits) -> str:
+    return "float" if int(bits) == 32 else f"{int(bits)}"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])

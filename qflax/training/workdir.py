@@ -1,0 +1,134 @@
+"""Workdirs: what later commands, and runs that start from another, read of a run."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import ml_collections
+from clu import parameter_overview
+
+from qflax import config as config_lib
+from qflax.data import Dataset, load
+from qflax.errors import require
+from qflax.layers import LayerCost
+from qflax.training import build
+from qflax.training.checkpoints import open_checkpoints
+from qflax.training.evaluate import Evaluator
+from qflax.training.optimizers import WEIGHTS
+from qflax.training.parallel import Devices
+from qflax.training.state import BATCH_STATS, TrainState
+
+RESULT_FILE = "result.json"
+ENVIRONMENT_FILE = "environment.json"
+TABLE_FILE = "layers.txt"
+
+
+def load_workdir(
+    workdir: pathlib.Path, which: str = "latest"
+) -> tuple[ml_collections.ConfigDict, TrainState]:
+    """Configuration and state of a run.
+
+    Args:
+      workdir: of the run.
+      which: `latest` or `best` (by validation accuracy).
+
+    Raises:
+      UserError: no workdir, no checkpoint, or a damaged one.
+    """
+    config = config_lib.load(workdir)
+    checkpoints, step = open_checkpoints(workdir)
+    if which == "best":
+        step = checkpoints.best_step()
+        require(
+            step is not None,
+            f"{workdir}: has no best checkpoint, since no validation split was evaluated "
+            "(config.validation_examples); use the latest",
+        )
+    state = checkpoints.restore(build.abstract_state(config), step)
+    checkpoints.close()
+    return config, state
+
+
+def start_from(workdir: pathlib.Path, variables: Mapping) -> dict:
+    """Variables with the weights and norm statistics of another run, which may be quantized otherwise.
+
+    Args:
+      workdir: of the other run.
+      variables: of this run; quantizer parameters stay as they are.
+
+    Raises:
+      UserError: names and shapes differ.
+    """
+    _, state = load_workdir(workdir)
+    variables = dict(variables)
+    for collection in (WEIGHTS, BATCH_STATS):
+        new, old = (
+            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+            for leaves in (
+                jax.tree_util.tree_leaves_with_path(tree.get(collection, {}))
+                for tree in (variables, state.served)
+            )
+        )
+        wrong = [
+            f"{name}: {old.get(name, 'missing')} there, {new.get(name, 'missing')} here"
+            for name in sorted(new.keys() | old.keys())
+            if new.get(name) != old.get(name)
+        ]
+        require(
+            not wrong,
+            f"config.init_from={str(workdir)!r}: another network's {collection} ({'; '.join(wrong[:3])}"
+            f"{'; ...' if len(wrong) > 3 else ''}); start from a run of the same model and data set",
+        )
+        variables[collection] = state.served[collection]
+    return variables
+
+
+def count_parameters(variables: Mapping) -> int:
+    """Number of weights, biases and norm parameters."""
+    return int(parameter_overview.count_parameters(variables[WEIGHTS]))
+
+
+def evaluator(config: ml_collections.ConfigDict, dataset: Dataset, devices: Devices) -> Evaluator:
+    """Evaluator of the configuration's network on a data set."""
+    return Evaluator(
+        build.model(config),
+        dataset,
+        devices,
+        batch_size=config.eval_batch_size,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )
+
+
+def load_evaluator(config: ml_collections.ConfigDict, split: str, devices: Devices) -> Evaluator:
+    """The same on a split of the configuration's data set."""
+    dataset = load(
+        config.dataset,
+        split,
+        data_dir=config.data_dir or None,
+        validation_examples=config.validation_examples,
+    )
+    return evaluator(config, dataset, devices)
+
+
+def evaluate_workdir(
+    workdir: pathlib.Path, *, split: str = "test", which: str = "latest", data_dir: str = ""
+) -> tuple[dict[str, float], tuple[LayerCost, ...]]:
+    """Evaluates a run's checkpoint.
+
+    Args:
+      workdir: of the run.
+      split: `test`, `validation` or `train`.
+      which: `latest` or `best`.
+      data_dir: instead of the one in the run's configuration.
+
+    Returns:
+      Metrics and the layers' costs.
+    """
+    config, state = load_workdir(workdir, which)
+    if data_dir:
+        config.data_dir = data_dir
+    devices = Devices(config.num_devices, {"eval_batch_size": config.eval_batch_size})
+    variables = devices.replicate(state.served)
+    metrics = load_evaluator(config, split, devices)(variables)
+    return metrics, build.measure_costs(config, state.served)

@@ -1,0 +1,43 @@
+"""Packaging of qflax."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"],
+    "export": ["onnx>=1.16,<1.23", "qonnx>=1.0", "onnxruntime>=1.20", "tqdm"],
+    "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+    "benchmark": ["brevitas>=0.12"],
+}
+
+setup(
+    name="qflax",
+    version="0.1.0",
+    description="Training of quantized neural networks in JAX and Flax",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["qflax", "qflax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "flax>=0.10.2",
+        "grain>=0.2",
+        "importlib_resources>=6",
+        "jax>=0.8",
+        "jaxlib>=0.8",
+        "ml-collections>=1.0",
+        "numpy>=1.26",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11",
+        "pillow>=10",
+        "requests>=2.31",
+        "scikit-learn>=1.4",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.7",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["qflax=qflax.cli:main"]},
+)

@@ -1,0 +1,8 @@
+"""Trains a network: python train.py --config=configs/resnet20_int4_cifar10.py --workdir=runs/int4."""
+
+import sys
+
+from qflax.cli import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main(sys.argv))
