@@ -101,7 +101,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _report_errors(run: Callable[[], None]) -> int:
     from absl import logging
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes.
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it writes.
     try:
         run()
     except UserError as error:

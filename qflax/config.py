@@ -12,6 +12,17 @@ from qflax.errors import UserError, choose, closest, require
 
 FILE = "config.json"
 
+# Fields that change where and how fast a run goes, not what comes out; a resumed run may change them.
+OPERATIONAL = (
+    "data_dir",
+    "num_devices",
+    "steps_per_dispatch",
+    "eval_batch_size",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+)
+
 
 def _number(low: float, high: float = math.inf, *, integer: bool = False) -> Callable:
     def check(field, value):
@@ -154,6 +165,7 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     require(path.is_file(), f"{workdir}: not a workdir, it has no {FILE}; train.py makes one")
     try:
         fields = json.loads(path.read_text())
+        require(isinstance(fields, dict), f"{path}: damaged (no mapping); restore it from another copy")
         config = ml_collections.ConfigDict(fields)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); restore it from another copy") from None
@@ -170,7 +182,7 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, missing) != new.get(name, missing)
+        if name not in OPERATIONAL and old.get(name, missing) != new.get(name, missing)
     ]
     require(
         not differing,

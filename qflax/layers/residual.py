@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from qflax.layers.cost import report
 from qflax.layers.operands import quantize_activations
@@ -22,16 +23,19 @@ class Add(nn.Module):
     @nn.compact
     def __call__(self, branch: jax.Array | QuantizedArray, shortcut: jax.Array | QuantizedArray) -> jax.Array:
         """Adds two arrays [batch, ...] of one shape."""
-        operands = [value_of(branch), value_of(shortcut)]
+        operands = value_of(branch), value_of(shortcut)
         quantizer = quantize_activations(self, self.quantization, self.signed, by_default=False)
+        bits = 32
         if quantizer is not None:
-            operands = [quantizer(x) for x in operands]
-        total = value_of(operands[0]) + value_of(operands[1])
+            # One call, so that both are on one grid whatever the quantizer makes of a batch.
+            both = quantizer(jnp.concatenate(operands))
+            operands, bits = jnp.split(both.value, 2), bits_of(both)
+        total = operands[0] + operands[1]
         report(
             self,
             kind="activation",
             roles=("activations",),
             activations=0 if quantizer is None else 2 * total[0].size,
-            activation_bits=bits_of(operands[0]),
+            activation_bits=bits,
         )
         return total

@@ -16,7 +16,7 @@ def calibrate(model: nn.Module, variables: Mapping, batches: Iterable[jax.Array]
     Batch norm's statistics and the weights are left as they are; earlier calibrations are forgotten.
 
     Args:
-      model: a module built of qflax layers.
+      model: a module built of qflax layers, without an axis of devices.
       variables: its variables.
       batches: model inputs, all of one shape, [batch, ...]; at least one.
       **call_arguments: passed to the model, such as `train=True` for batch norm by batch statistics.

@@ -35,7 +35,7 @@ class Uniform:
     | statistic | range recomputed from the weights at every step                                      |
     | ema       | running average of the batch's range, frozen in evaluation                           |
     | lsq       | learned scale (Esser et al. 2020); asymmetric: LSQ+ (Bhalgat et al. 2020)            |
-    | log2      | learned log2 of the scale (Jain et al. 2020; theirs is `power_of_two=True`)          |
+    | log2      | learned log2 of the scale; with `power_of_two` as TQT (Jain et al. 2020) but for a ceil  |
     | range     | learned end(s) of the range, as in Brevitas                                          |
     | pact      | learned clipping level, gradient from clipped elements only (Choi et al. 2018)       |
     | dorefa    | weights through tanh, scaled to [-1, 1] (Zhou et al. 2016), on the odd-symmetric grid |
@@ -84,12 +84,31 @@ class Uniform:
             choose("statistic", self.statistic, STATISTICS_KINDS)
         if self.clip_gradient is not None:
             choose("clip_gradient", self.clip_gradient, CLIP_GRADIENTS)
+        self._check_types()
         require(0 < self.percentile <= 100, f"percentile={self.percentile!r}: must be in (0, 100]")
         require(0 < self.momentum <= 1, f"momentum={self.momentum!r}: must be in (0, 1]")
+        require(
+            self.granularity == "per_tensor" or self.scale not in ("constant", "dorefa"),
+            f"granularity='per_channel' with scale={self.scale!r}: that scale is one for all channels",
+        )
         self._check_scale_value()
         self._check_asymmetric()
         choose("rounding", self.rounding, ROUNDING_MODES)
         choose("surrogate", self.surrogate, SURROGATES)
+
+    def _check_types(self):
+        for name in ("signed", "narrow"):
+            value = getattr(self, name)
+            require(
+                value is None or isinstance(value, bool), f"{name}={value!r}: must be None, True or False"
+            )
+        for name in ("symmetric", "power_of_two"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name}={value!r}: must be True or False")
+        for name in ("percentile", "momentum", "strength"):
+            value = getattr(self, name)
+            ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            require(ok or (name == "strength" and value is None), f"{name}={value!r}: must be a number")
 
     def _check_scale_value(self):
         value = self.scale_value

@@ -1,7 +1,6 @@
 """The uniform integer quantizer as a Linen module."""
 
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -22,16 +21,19 @@ class UniformQuantizer(nn.Module):
 
     Variables (float32; [] or, per channel, [channels]):
 
-    | scale       | `quantizer_params`                            | `quantizer_stats`             |
-    |-------------|-----------------------------------------------|-------------------------------|
-    | lsq         | `scale`; asymmetric also `x_min`              | `count`                       |
-    | log2        | `log2_scale`                                  | `count`                       |
-    | range, pact | `x_max`; asymmetric range: `width` and `x_min` | `count`                      |
-    | static, ema | -                                             | `count`, `x_max` or `width` and `x_min` |
+    | scale       | `quantizer_params`                             |
+    |-------------|------------------------------------------------|
+    | lsq         | `scale`; asymmetric also `x_min`               |
+    | log2        | `log2_scale`                                   |
+    | range, pact | `x_max`; asymmetric range: `width` and `x_min` |
+    | static, ema | -                                              |
 
-    They are placeholders until a calibration pass (`calibration.calibrate`) has set them; `count` is the
-    number of batches that it has seen. While calibrating, activations pass through unquantized, so that
-    every range is that of the float network behind quantized weights.
+    and for all of these in `quantizer_stats` the observed range, `x_max` and if asymmetric `x_min`, and
+    `count`, the number of batches that it comes from.
+
+    They are placeholders until a calibration pass (`calibration.calibrate`) has set them. While
+    calibrating, activations pass through unquantized, so that every range is that of the float network
+    behind quantized weights.
 
     Attributes:
       spec: the quantizer.
@@ -85,6 +87,10 @@ class UniformQuantizer(nn.Module):
             require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
             return
         require(
+            not (self.format.bipolar and self.spec.rounding != "half_even"),
+            f"{where}: rounding={self.spec.rounding!r}: a signed bit has no rounding mode but half_even",
+        )
+        require(
             scale not in ("statistic", "dorefa"),
             f"{where}: scale={scale!r} is for weights; for activations use ema, static or a learned one",
         )
@@ -100,67 +106,97 @@ class UniformQuantizer(nn.Module):
         if spec.scale == "statistic":
             x_max = floor_at(self._range(x), SMALLEST_RANGE)
             return self._rounded(quotient(x_max, fmt.threshold)), zero
-        count = self.variable(STATISTICS, "count", lambda: jnp.zeros((), jnp.int32))
+        # A learned scale needs the observed range to start from and never again.
+        needed = spec.scale in ("static", "ema") or self._calibrating or self.is_initializing()
+        x_min, x_max = self._observed(x) if needed else (0.0, 1.0)
         if spec.symmetric:
-            grid = self._rounded(self._symmetric_scale(x, count.value)), zero
-        else:
-            grid = self._asymmetric_grid(x, count.value)
-        if self._calibrating or self._averaging:
-            count.value += 1
-        return grid
+            return self._rounded(self._symmetric_scale(x, x_max)), zero
+        return self._asymmetric_grid(x, x_min, x_max)
 
-    def _symmetric_scale(self, x: jax.Array, count: jax.Array) -> jax.Array:
+    def _symmetric_scale(self, x: jax.Array, x_max: jax.Array) -> jax.Array:
         spec, threshold = self.spec, self.format.threshold
-
-        def scale():
-            return quotient(_or_one(self._range(x)), threshold)
-
         if spec.scale == "lsq":
-            learned = self._stored(PARAMETERS, "scale", scale, count, x)
-            return self._lsq_gradient(floor_at(jnp.abs(learned), SMALLEST_RANGE), x)
+            scale = self._learned("scale", quotient(x_max, threshold))
+            return self._lsq_gradient(floor_at(jnp.abs(scale), SMALLEST_RANGE), x)
         if spec.scale == "log2":
-            return jnp.exp2(self._stored(PARAMETERS, "log2_scale", lambda: jnp.log2(scale()), count, x))
-        collection = PARAMETERS if spec.scale in ("range", "pact") else STATISTICS
-        x_max = self._stored(collection, "x_max", lambda: _or_one(self._range(x)), count, x)
+            return jnp.exp2(self._learned("log2_scale", jnp.log2(quotient(x_max, threshold))))
+        if spec.scale in ("range", "pact"):
+            x_max = self._learned("x_max", x_max)
         return quotient(floor_at(jnp.abs(x_max), SMALLEST_RANGE), threshold)
 
-    def _asymmetric_grid(self, x: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _asymmetric_grid(
+        self, x: jax.Array, x_min: jax.Array, x_max: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         spec, fmt = self.spec, self.format
-        steps = fmt.num_codes - 1
-        collection = PARAMETERS if spec.scale in ("lsq", "range") else STATISTICS
-
-        extent, unit = ("scale", steps) if spec.scale == "lsq" else ("width", 1)
-        seen_low = self.get_variable(collection, "x_min", 0.0)
-        seen_high = seen_low + self.get_variable(collection, extent, 0.0) * unit
-
-        def ends():
-            low, high = asymmetric_range(x, spec.range_statistic, fmt, percentile=spec.percentile)
-            if not self._calibrating or spec.range_statistic != "absmax":
-                return low, high
-            # The larger of two batches' widths need not hold both.
-            first = count == 0
-            return (
-                jnp.where(first, low, jnp.minimum(low, seen_low)),
-                jnp.where(first, high, jnp.maximum(high, seen_high)),
-            )
-
-        def width():
-            low, high = ends()
-            return _or_one(high - low)
-
-        x_min = self._stored(collection, "x_min", lambda: ends()[0], count, x)
-        x_min = jnp.where(x_min > 0, -x_min, x_min)
+        steps, width = fmt.num_codes - 1, x_max - x_min
         if spec.scale == "lsq":
-            scale = self._stored(collection, "scale", lambda: width() / steps, count, x)
+            scale = self._learned("scale", quotient(width, steps))
             scale = self._lsq_gradient(floor_at(jnp.abs(scale), SMALLEST_RANGE), x)
-            x_min = self._lsq_gradient(x_min, x)
+            x_min = self._lsq_gradient(self._learned("x_min", x_min), x)
         else:
-            stored = self._stored(collection, "width", width, count, x)
-            scale = quotient(floor_at(jnp.abs(stored), SMALLEST_RANGE), steps)
+            if spec.scale == "range":
+                width, x_min = self._learned("width", width), self._learned("x_min", x_min)
+            scale = quotient(floor_at(jnp.abs(width), SMALLEST_RANGE), steps)
         scale = self._rounded(scale)
+        x_min = jnp.where(x_min > 0, -x_min, x_min)
         # An integer zero point keeps zero exactly representable, which padding and exports need;
         # rounding is straight-through and clipping stops the gradient, as for the codes.
         return scale, fmt.fake_quant(fmt.lowest - x_min / scale, jnp.ones(()))
+
+    def _learned(self, name: str, calibrated: jax.Array) -> jax.Array:
+        """A trained number; a calibration pass sets it."""
+        variable = self.variable(PARAMETERS, name, lambda: calibrated)
+        if self._calibrating:
+            variable.value = jax.lax.stop_gradient(calibrated)
+        return variable.value
+
+    def _observed(self, x: jax.Array) -> tuple[jax.Array | float, jax.Array]:
+        """Lower and upper end of the range that was observed so far; before anything was, 1 is the upper.
+
+        Calibration takes the mean over its batches, of absolute maxima the extremes. A running average
+        copies its first batch, and quantizes each training batch by that batch's own range.
+        """
+        shape = (x.shape[-1],) if self.spec.granularity == "per_channel" else ()
+        start = {"x_max": jnp.ones} if self.spec.symmetric else {"x_min": jnp.zeros, "x_max": jnp.ones}
+        ends = {name: self.variable(STATISTICS, name, init, shape) for name, init in start.items()}
+        count = self.variable(STATISTICS, "count", lambda: jnp.zeros((), jnp.int32))
+        current = {name: end.value for name, end in ends.items()}
+        if self._calibrating or self._averaging:
+            batch = self._batch_range(x)
+            for name, end in ends.items():
+                end.value = self._merged(name, end.value, batch[name], count.value)
+                current[name] = batch[name] if self._averaging else end.value
+            count.value += 1
+        return current.get("x_min", 0.0), current["x_max"]
+
+    def _merged(self, name: str, old: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
+        if self._averaging:
+            merged = old + self.spec.momentum * (new - old)
+        elif self._extremes:
+            merged = jnp.minimum(old, new) if name == "x_min" else jnp.maximum(old, new)
+        else:
+            merged = old + (new - old) / (count + 1)
+        return jnp.where(count == 0, new, merged)
+
+    @property
+    def _extremes(self) -> bool:
+        return self.spec.range_statistic == "absmax"
+
+    def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Ends of one batch's range, on all devices; of data without any extent up to 1."""
+        statistic, percentile = self.spec.range_statistic, self.spec.percentile
+        if self.spec.symmetric:
+            high = jax.lax.stop_gradient(self._range(x))
+            ends = {"x_max": jnp.where(high > 0, high, 1.0)}
+        else:
+            low, high = asymmetric_range(x, statistic, self.format, percentile=percentile)
+            ends = {"x_min": low, "x_max": jnp.where(high > low, high, 1.0)}
+        if self.axis_name is None:
+            return ends
+        if not self._extremes:
+            return jax.lax.pmean(ends, self.axis_name)
+        wider = {"x_min": jax.lax.pmin, "x_max": jax.lax.pmax}
+        return {name: wider[name](value, self.axis_name) for name, value in ends.items()}
 
     def _range(self, x: jax.Array) -> jax.Array:
         return symmetric_range(
@@ -171,36 +207,6 @@ class UniformQuantizer(nn.Module):
             percentile=self.spec.percentile,
         )
 
-    def _stored(
-        self,
-        collection: str,
-        name: str,
-        observe: Callable[[], jax.Array],
-        count: jax.Array,
-        x: jax.Array,
-    ) -> jax.Array:
-        """A number that calibration and running averages set; before that it is one.
-
-        Calibration takes the mean over its batches, of absolute maxima the maximum. A running average
-        copies its first batch, and quantizes each training batch by that batch's own range.
-        """
-        shape = (x.shape[-1],) if self.spec.granularity == "per_channel" else ()
-        variable = self.variable(collection, name, jnp.ones, shape)
-        if not (self._calibrating or self._averaging):
-            return variable.value
-        new, extreme = jax.lax.stop_gradient(observe()), self.spec.range_statistic == "absmax"
-        if self.axis_name is not None:
-            new = jax.lax.pmean(new, self.axis_name)
-        if self._averaging:
-            average = variable.value + self.spec.momentum * (new - variable.value)
-        elif extreme:
-            wider = jnp.minimum if name == "x_min" else jnp.maximum
-            average = wider(variable.value, new)
-        else:
-            average = variable.value + (new - variable.value) / (count + 1)
-        variable.value = jnp.where(count == 0, new, average)
-        return new if self._averaging else variable.value
-
     def _lsq_gradient(self, parameter: jax.Array, x: jax.Array) -> jax.Array:
         """Scales the gradient by 1 / sqrt(elements * highest code), elements of one example or channel."""
         count = x.size if self.weights else x.size // x.shape[0]
@@ -209,11 +215,6 @@ class UniformQuantizer(nn.Module):
 
     def _rounded(self, scale: jax.Array) -> jax.Array:
         return power_of_two(scale) if self.spec.power_of_two else scale
-
-
-def _or_one(x: jax.Array) -> jax.Array:
-    """`x`, or 1 where it is zero: data without any extent says nothing about its range."""
-    return jnp.where(x > 0, x, 1.0)
 
 
 def _dorefa_weights(w: jax.Array) -> jax.Array:

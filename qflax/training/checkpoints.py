@@ -73,13 +73,16 @@ class Checkpoints:
         """
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state)
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            # Orbax takes an array of another shape without a word.
+            jax.tree.map(_require_same_shape, target, state)
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{self._folder / str(step)}: cannot be read as this configuration's state ({reason}); "
                 "delete it to go on from the checkpoint before it"
             ) from None
+        return state
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -87,6 +90,13 @@ class Checkpoints:
 
     def _accuracy(self, step: int) -> float | None:
         return (self._manager.metrics(step) or {}).get(_METRIC)
+
+
+def _require_same_shape(expected: np.ndarray, found: np.ndarray) -> None:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        raise ValueError(
+            f"an array is {found.dtype}{list(found.shape)}, not {expected.dtype}{list(expected.shape)}"
+        )
 
 
 def open_checkpoints(workdir: pathlib.Path) -> tuple[Checkpoints, int]:

@@ -13,7 +13,7 @@ from qflax import config as config_lib
 from qflax.data import Dataset, load_training
 from qflax.data.augment import normalize
 from qflax.data.order import epoch_order, window
-from qflax.errors import UserError
+from qflax.errors import UserError, require
 from qflax.quantizers import PARAMETERS, calibrate
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
@@ -65,11 +65,16 @@ class Trainer:
             validation_examples=config.validation_examples,
         )
         self.num_examples = self.train_set.num_examples
+        require(
+            config.batch_size <= self.num_examples,
+            f"config.batch_size={config.batch_size}: there are {self.num_examples} training images; lower it",
+        )
         self.rates = build.learning_rates(config, self.num_examples)
         self.numbers = build.hyperparameters(config)
         self.evaluate = None
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
+        self.state, self.start = self._initial_state()
         config_lib.save(config, workdir)
         self.origin = provenance(len(self.devices))
         (workdir / workdir_lib.ENVIRONMENT_FILE).write_text(json.dumps(self.origin, indent=2) + "\n")
@@ -77,15 +82,14 @@ class Trainer:
 
     def run(self) -> dict[str, object]:
         """Trains to the end and evaluates on the test split."""
-        state, start = self._initial_state()
         finished = self.workdir / workdir_lib.RESULT_FILE
-        if start == len(self.rates) and finished.exists():
+        if self.start == len(self.rates) and finished.exists():
             return json.loads(finished.read_text())
-        logs = Logs(self.workdir, start)
-        progress = Progress(len(self.rates), start, self.num_examples / self.config.batch_size)
+        logs = Logs(self.workdir, self.start)
+        progress = Progress(len(self.rates), self.start, self.num_examples / self.config.batch_size)
         progress.say(f"{self.origin['device']}, {self.num_examples} training images")
         try:
-            state, last = self._steps(self.devices.replicate(state), start, logs, progress)
+            state, last = self._steps(logs, progress)
             return self._finish(state, last, logs)
         finally:
             progress.close()
@@ -93,11 +97,13 @@ class Trainer:
             self.checkpoints.close()
 
     def _initial_state(self) -> tuple[TrainState, int]:
-        """The state to go on from, and its step."""
-        latest = self.checkpoints.latest_step()
-        if latest is not None:
-            return self.checkpoints.restore(build.abstract_state(self.config), latest), latest
+        """The state to go on from, and its step; writes nothing."""
         config = self.config
+        if (self.workdir / FOLDER).is_dir():
+            checkpoints = Checkpoints(self.workdir, read_only=True)
+            latest = checkpoints.latest_step()
+            if latest is not None:
+                return checkpoints.restore(build.abstract_state(config), latest), latest
         network = build.model(config)
         variables = initial_variables(network, self.train_set.images.shape[1:], config.seed)
         if config.init_from:
@@ -114,10 +120,8 @@ class Trainer:
             images = self.train_set.images[order[start : start + size]]
             yield normalize(images, self.config.mean, self.config.std)
 
-    def _steps(
-        self, state: TrainState, start: int, logs: Logs, progress: Progress
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Makes all steps from `start`; returns the last training metrics too.
+    def _steps(self, logs: Logs, progress: Progress) -> tuple[TrainState, dict[str, float]]:
+        """Makes all steps that are left; returns the last training metrics too.
 
         What is due within a dispatch is done at its end.
         """
@@ -129,7 +133,8 @@ class Trainer:
         eval_every = max(round(config.eval_every_epochs * self.num_examples / config.batch_size), 1)
         dispatch = self.devices.pmap(functools.partial(self.step.many, unroll=on_cpu), donate=True)
         stream = _Stream(self.train_set, config.seed, config.batch_size, self.devices)
-        meter, last, step = _Meter(logs.seconds, config.batch_size), {}, start
+        meter, last = _Meter(logs.seconds, config.batch_size), {}
+        state, step = self.devices.replicate(self.state), self.start
         while step < total:
             end = min((step // chunk + 1) * chunk, total)
             state, metrics = dispatch(state, stream.at(step), self.rates[step:end], self.numbers)

@@ -131,7 +131,7 @@ class TrainStep:
         }
         metrics = {
             **jax.lax.pmean(metrics, AXIS),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": relative_rate * numbers.learning_rate,
         }
         observed = {name: observed.get(name, {}) for name in OBSERVED}
