@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     # and None or changed spec fields for `weights` and/or `activations`.
     config.rules = ()
     config.calibration_examples = 1024  # Training images from which ranges are set before the first step.
+    config.calibration_batch_size = 256  # Ranges are averaged over whole batches of that size.
 
     # Start from the last checkpoint of this workdir, weights and norm statistics; "" is random.
     config.init_from = ""

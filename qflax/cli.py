@@ -40,7 +40,7 @@ def _train(config, workdir: pathlib.Path) -> None:
     from qflax import runtime
 
     config_lib.validate(config)
-    runtime.configure(config.batch_size)
+    runtime.configure(config.batch_size, config.num_devices)
     from qflax.training import train
     from qflax.training.workdir import TABLE_FILE
 
@@ -61,9 +61,18 @@ def _parse(values, arguments: Sequence[str]) -> list[str]:
         return values(arguments)[1:]
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
-    except (OSError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
-        given = [a for a in arguments if a.startswith("--config")]
-        raise UserError(f"{' '.join(given)}: {_one_line(error)}; see configs/default.py") from None
+    except KeyError as error:
+        raise UserError(
+            f"{error} in {_config_arguments(arguments)}: no field that this configuration sets; choices are "
+            "in configs/default.py and qflax/quantizers/spec.py, others than set are for a configuration file"
+        ) from None
+    except (OSError, ImportError, AttributeError, TypeError, ValueError) as error:
+        given = _config_arguments(arguments)
+        raise UserError(f"{given}: {_one_line(error)}; see configs/default.py") from None
+
+
+def _config_arguments(arguments: Sequence[str]) -> str:
+    return " ".join(argument for argument in arguments if argument.startswith("--config"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,6 +62,7 @@ _COUNT_OR_ZERO = _number(0, integer=True)
 _POSITIVE = _number(1e-30)
 _NOT_NEGATIVE = _number(0)
 _FRACTION = _number(0, 1)
+_BELOW_ONE = _number(0, 1 - 1e-9)
 _TEXT = _of_type(str, "a string")
 _FLAG = _of_type(bool, "True or False")
 
@@ -69,13 +70,14 @@ _FLAG = _of_type(bool, "True or False")
 FIELDS = {
     "model": _TEXT,
     "shortcut": _TEXT,
-    "batch_norm_momentum": _FRACTION,
+    "batch_norm_momentum": _BELOW_ONE,
     "batch_norm_epsilon": _POSITIVE,
     "dtype": _one_of("float32", "bfloat16"),
     "weights": _anything,
     "activations": _anything,
     "rules": _of_type((tuple, list), "a tuple of mappings"),
     "calibration_examples": _COUNT,
+    "calibration_batch_size": _COUNT,
     "init_from": _TEXT,
     "dataset": _one_of(*DATASETS),
     "data_dir": _TEXT,
@@ -93,7 +95,7 @@ FIELDS = {
     "num_epochs": _POSITIVE,
     "num_train_steps": _number(-1, integer=True),
     "optimizer": _one_of("sgd", "adam"),
-    "momentum": _FRACTION,
+    "momentum": _BELOW_ONE,
     "nesterov": _FLAG,
     "learning_rate": _NOT_NEGATIVE,
     "schedule": _one_of("cosine", "onecycle", "step", "constant"),
@@ -103,8 +105,8 @@ FIELDS = {
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clip": _NOT_NEGATIVE,
     "loss": _one_of("cross_entropy", "squared_hinge"),
-    "label_smoothing": _FRACTION,
-    "ema_decay": _FRACTION,
+    "label_smoothing": _BELOW_ONE,
+    "ema_decay": _BELOW_ONE,
     "quantizer_optimizer": _one_of("sgd", "adam"),
     "quantizer_learning_rate": _NOT_NEGATIVE,
     "seed": _number(0, 2**32 - 1, integer=True),
@@ -129,13 +131,10 @@ def validate(config: Mapping) -> None:
         config["num_train_steps"] != 0,
         "config.num_train_steps=0: must be positive, or -1 to train for num_epochs",
     )
-    require(
-        config["label_smoothing"] < 1,
-        f"config.label_smoothing={config['label_smoothing']!r}: must be below 1, labels vanish at 1",
-    )
 
 
 def _validate_group(config: Mapping, fields: Mapping, prefix: str) -> None:
+    require(hasattr(config, "items"), f"{prefix[:-1]}={config!r}: must be a mapping of fields")
     for name in config:
         if name not in fields:
             raise UserError(

@@ -112,17 +112,14 @@ def quantization_from_config(
                 value is None or isinstance(value, Mapping),
                 f"rules[{i}].{name}={value!r}: must be None or a mapping of spec fields",
             )
+        require(bool(overrides), f"rules[{i}]={fields!r}: changes nothing; add {' or '.join(ROLES)}")
         parsed.append(Rule(fields["layers"], overrides))
-    policy = Quantization(
+    return Quantization(
         spec_from_dict(weights, "weights"),
         spec_from_dict(activations, "activations"),
         tuple(parsed),
         axis_name,
     )
-    for i, rule in enumerate(parsed):
-        for role, fields in rule.overrides.items():
-            _override(getattr(policy, role), fields, f"rules[{i}].{role}")
-    return policy
 
 
 def _override(base: Uniform | None, fields: Mapping | None, where: str) -> Uniform | None:

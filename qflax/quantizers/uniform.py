@@ -83,13 +83,13 @@ class UniformQuantizer(nn.Module):
 
     def _check(self):
         where, scale = "/".join(self.path), self.spec.scale
-        if self.weights:
-            require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
-            return
         require(
             not (self.format.bipolar and self.spec.rounding != "half_even"),
             f"{where}: rounding={self.spec.rounding!r}: a signed bit has no rounding mode but half_even",
         )
+        if self.weights:
+            require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
+            return
         require(
             scale not in ("statistic", "dorefa"),
             f"{where}: scale={scale!r} is for weights; for activations use ema, static or a learned one",

@@ -43,14 +43,14 @@ class Evaluator:
           model: computes in float32, whatever it was trained in.
           dataset: the examples.
           devices: they share every batch.
-          batch_size: of all devices together.
+          batch_size: of all devices together, rounded up to what divides among them.
           mean, std: normalisation.
         """
         self._devices = devices
-        self._batch_size = batch_size
         self._num_examples = dataset.num_examples
         self._data = devices.replicate((dataset.images, dataset.labels))
-        share = batch_size // len(devices)
+        share = -(-batch_size // len(devices))
+        self._batch_size = share * len(devices)
 
         def batch_metrics(variables, index, data, start):
             images, labels = data

@@ -20,14 +20,22 @@ class Logs:
     that nothing is there twice.
 
     Attributes:
-      seconds: spent in training steps so far, over all starts of the run.
+      seconds: spent in training steps so far, over all starts of the run; compilation included.
+      last_train: the last training metrics before this start, or an empty dict.
     """
 
     def __init__(self, workdir: pathlib.Path, resumed_step: int):
         """Opens the logs of a run that starts or continues at `resumed_step`."""
         path = workdir / METRICS_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
-        self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
+        parsed = [(line, json.loads(line)) for line in _lines(path)]
+        # The final evaluation of a run that ended within it comes again.
+        parsed = [
+            (line, row) for line, row in parsed if row["step"] <= resumed_step and row["group"] != "test"
+        ]
+        kept = [line for line, _ in parsed]
+        train = [row for _, row in parsed if row["group"] == "train"]
+        self.last_train = train[-1] if train else {}
+        self.seconds = self.last_train.get("seconds", 0.0)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(kept))
         unfinished.replace(path)
@@ -82,7 +90,7 @@ class Progress:
         elapsed = time.monotonic() - self._began
         left = elapsed / max(self._step - self._start, 1) * (self._total - self._step)
         epoch = self._step / self._steps_per_epoch
-        left_text = f"{left / 60:.0f}m{left % 60:02.0f}s" if left < 3600 else f"{left / 3600:.1f}h"
+        left_text = f"{int(left) // 60}m{int(left) % 60:02}s" if left < 3600 else f"{left / 3600:.1f}h"
         self.say(f"step {self._step}/{self._total}  epoch {epoch:.2f}  {text}  left {left_text}")
 
     def say(self, text: str) -> None:

@@ -3,29 +3,27 @@
 import functools
 import json
 import pathlib
-import time
 
 import jax
 import ml_collections
 import numpy as np
 
 from qflax import config as config_lib
-from qflax.data import Dataset, load_training
+from qflax.data import load_training
 from qflax.data.augment import normalize
-from qflax.data.order import epoch_order, window
-from qflax.errors import UserError, require
-from qflax.quantizers import PARAMETERS, calibrate
+from qflax.data.order import epoch_order
+from qflax.errors import require
+from qflax.quantizers import PARAMETERS, STATISTICS, calibrate
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.checkpoints import FOLDER, Checkpoints
 from qflax.training.logs import Logs, Progress
+from qflax.training.meter import Meter, require_finite
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
 from qflax.training.state import TrainState, initial_variables
-from qflax.training.step import TrainingData
+from qflax.training.stream import Stream
 from qflax.training.table import cost_table, cost_totals
-
-_CALIBRATION_BATCH = 256
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
@@ -44,6 +42,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     workdir = pathlib.Path(workdir)
     config_lib.validate(config)
     config_lib.check_unchanged(config, workdir)
+    if (workdir / workdir_lib.RESULT_FILE).exists():
+        return json.loads((workdir / workdir_lib.RESULT_FILE).read_text())
     return Trainer(config, workdir).run()
 
 
@@ -53,10 +53,7 @@ class Trainer:
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
         """Builds all parts; the workdir is written only when they are known to fit."""
         self.config, self.workdir = config, workdir
-        self.devices = Devices(
-            config.num_devices,
-            {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size},
-        )
+        self.devices = Devices(config.num_devices, config.batch_size)
         build.check_rules(config)
         self.step = build.train_step(config, self.devices)
         self.train_set, validation = load_training(
@@ -75,16 +72,13 @@ class Trainer:
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
         self.state, self.start = self._initial_state()
-        config_lib.save(config, workdir)
         self.origin = provenance(len(self.devices))
-        (workdir / workdir_lib.ENVIRONMENT_FILE).write_text(json.dumps(self.origin, indent=2) + "\n")
+        config_lib.save(config, workdir)
+        workdir_lib.record_start(workdir, self.start, self.origin)
         self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
 
     def run(self) -> dict[str, object]:
         """Trains to the end and evaluates on the test split."""
-        finished = self.workdir / workdir_lib.RESULT_FILE
-        if self.start == len(self.rates) and finished.exists():
-            return json.loads(finished.read_text())
         logs = Logs(self.workdir, self.start)
         progress = Progress(len(self.rates), self.start, self.num_examples / self.config.batch_size)
         progress.say(f"{self.origin['device']}, {self.num_examples} training images")
@@ -112,10 +106,10 @@ class Trainer:
         return build.state(config, variables), 0
 
     def _calibration_batches(self):
-        """Normalised training images, the first of the first epoch."""
+        """Normalised training images, the first of the first epoch, in whole batches."""
         count = min(self.config.calibration_examples, self.num_examples)
-        size = min(_CALIBRATION_BATCH, count)
-        order = np.asarray(epoch_order(self.config.seed, 0, self.num_examples))
+        size = min(self.config.calibration_batch_size, count)
+        order = np.asarray(epoch_order(np.uint32(self.config.seed), 0, self.num_examples))
         for start in range(0, count - size + 1, size):
             images = self.train_set.images[order[start : start + size]]
             yield normalize(images, self.config.mean, self.config.std)
@@ -132,9 +126,9 @@ class Trainer:
         )
         eval_every = max(round(config.eval_every_epochs * self.num_examples / config.batch_size), 1)
         dispatch = self.devices.pmap(functools.partial(self.step.many, unroll=on_cpu), donate=True)
-        stream = _Stream(self.train_set, config.seed, config.batch_size, self.devices)
-        meter, last = _Meter(logs.seconds, config.batch_size), {}
-        state, step = self.devices.replicate(self.state), self.start
+        stream = Stream(self.train_set, config.seed, config.batch_size, self.devices)
+        meter, last = Meter(logs.seconds, config.batch_size), logs.last_train
+        state, step, self.state = self.devices.replicate(self.state), self.start, None
         while step < total:
             end = min((step // chunk + 1) * chunk, total)
             state, metrics = dispatch(state, stream.at(step), self.rates[step:end], self.numbers)
@@ -162,10 +156,11 @@ class Trainer:
             logs.write(step, validation, "validation")
             progress.say(f"step {step}  validation accuracy {validation['accuracy']:.2%}")
         host = jax.device_get(state)
+        require_finite(host.trained, step, self._last_good)
         costs = build.measure_costs(self.config, host.served)
         logs.write(step, _sizes(costs), "size")
-        logs.write(step, _per_layer(costs, host.trained[PARAMETERS]), "layers")
-        self.checkpoints.save(state, step, validation)
+        logs.write(step, _per_layer(costs, host.variables), "layers")
+        self.checkpoints.save(host, step, validation)
 
     def _last_good(self) -> str:
         step = self.checkpoints.latest_step()
@@ -203,74 +198,6 @@ class Trainer:
         return result
 
 
-class _Stream:
-    """The training set on the devices, with the part of the order that a dispatch needs."""
-
-    def __init__(self, dataset: Dataset, seed: int, batch_size: int, devices: Devices):
-        self._devices, self._batch_size = devices, batch_size
-        self._seed, self._num_examples = np.uint32(seed), dataset.num_examples
-        self._images, self._labels = devices.replicate((dataset.images, dataset.labels))
-        self._data = None
-
-    def at(self, step: int) -> TrainingData:
-        """Data for a dispatch that starts at `step` and is at most an epoch long."""
-        epoch = step * self._batch_size // self._num_examples
-        if self._data is None or epoch != int(self._epoch):
-            self._epoch = np.int32(epoch)
-            orders = window(self._seed, self._epoch, self._num_examples)
-            self._data = TrainingData(
-                images=self._images,
-                labels=self._labels,
-                window=self._devices.replicate(orders),
-                first_epoch=self._epoch,
-                seed=self._seed,
-            )
-        return self._data
-
-
-class _Meter:
-    """Training metrics and speed since the last reading; the only place that waits for the devices."""
-
-    def __init__(self, seconds: float, batch_size: int):
-        """Continues to count from `seconds`."""
-        self._seconds, self._batch_size = seconds, batch_size
-        self._pending = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Leaves out the time since the last reading."""
-        self._began = time.monotonic()
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Keeps the metrics [steps] of a dispatch, without waiting for them."""
-        self._pending.append(metrics)
-
-    def read(self, step: int, last_good) -> dict[str, float]:
-        """Means over the steps since the last reading, images/s and training seconds so far.
-
-        Raises:
-          UserError: a loss is not finite; names the first such step, and `last_good()`.
-        """
-        rows = jax.device_get(self._pending)
-        self._pending = []
-        columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        bad = np.flatnonzero(~np.isfinite(columns["loss"]))
-        if bad.size:
-            first = step - len(columns["loss"]) + int(bad[0]) + 1
-            raise UserError(
-                f"the loss of step {first} is {columns['loss'][bad[0]]}; {last_good()}; "
-                "lower config.learning_rate or config.quantizer_learning_rate, or set config.gradient_clip"
-            )
-        elapsed = time.monotonic() - self._began
-        self._seconds += elapsed
-        self.restart()
-        means = {name: float(np.mean(values)) for name, values in columns.items()}
-        means["learning_rate"] = float(columns["learning_rate"][-1])
-        means["images_per_second"] = len(columns["loss"]) * self._batch_size / elapsed
-        means["seconds"] = self._seconds
-        return means
-
-
 def _sizes(costs) -> dict[str, float]:
     totals = cost_totals(costs)
     return {
@@ -280,14 +207,17 @@ def _sizes(costs) -> dict[str, float]:
     }
 
 
-def _per_layer(costs, quantizer_params) -> dict[str, float]:
-    """Bits of every layer, and the mean of every learned scale or range."""
+def _per_layer(costs, variables) -> dict[str, float]:
+    """Bits of every layer, and the mean of every learned or observed scale or range."""
     numbers = {}
     for cost in costs:
         if cost.macs:
             numbers[f"{cost.path}/weight_bits"] = float(cost.weight_bits)
         if cost.activations:
             numbers[f"{cost.path}/activation_bits"] = float(cost.activation_bits)
-    for path, value in jax.tree_util.tree_leaves_with_path(quantizer_params):
-        numbers[jax.tree_util.keystr(path, simple=True, separator="/")] = float(np.mean(value))
+    for collection in (STATISTICS, PARAMETERS):
+        for path, value in jax.tree_util.tree_leaves_with_path(variables[collection]):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not name.endswith("/count"):
+                numbers[name] = float(np.mean(value))
     return numbers

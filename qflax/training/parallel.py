@@ -17,28 +17,31 @@ class Devices:
     device holds whole.
     """
 
-    def __init__(self, num_devices: int, batch_sizes: dict[str, int]):
+    def __init__(self, num_devices: int = 0, batch_size: int | None = None):
         """Takes the first `num_devices` devices, 0 for all.
 
         Args:
           num_devices: how many.
-          batch_sizes: config field -> batch size, each divided evenly by the devices.
+          batch_size: of training, which the devices must divide evenly; None does not matter.
 
         Raises:
           UserError: there are not so many devices, or a batch does not divide.
         """
+        require(
+            jax.process_count() == 1,
+            f"{jax.process_count()} processes share the devices; training across processes is not there yet",
+        )
         available = jax.devices()
         require(
             num_devices <= len(available),
             f"config.num_devices={num_devices}: there are {len(available)}; set at most that, or 0 for all",
         )
         self.devices = available[: num_devices or len(available)]
-        for field, size in batch_sizes.items():
-            require(
-                size % len(self.devices) == 0,
-                f"config.{field}={size}: not divisible by {len(self.devices)} devices; choose a multiple "
-                f"of {len(self.devices)}, or set config.num_devices",
-            )
+        require(
+            batch_size is None or batch_size % len(self.devices) == 0,
+            f"config.batch_size={batch_size}: not divisible by {len(self.devices)} devices; choose a "
+            f"multiple of {len(self.devices)}, or set config.num_devices",
+        )
         mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -68,18 +71,12 @@ class Devices:
           `(state, *rest) -> result`.
         """
         indices = np.arange(len(self), dtype=np.int32)
-        compiled = {}
-
-        def call(state, *rest):
-            if len(rest) not in compiled:
-                compiled[len(rest)] = jax.pmap(
-                    function,
-                    axis_name=AXIS,
-                    in_axes=(None, 0, *[None] * len(rest)),
-                    out_axes=None,
-                    devices=self.devices,
-                    donate_argnums=(0,) if donate else (),
-                )
-            return compiled[len(rest)](state, indices, *rest)
-
-        return call
+        mapped = jax.pmap(
+            lambda state, index, rest: function(state, index, *rest),
+            axis_name=AXIS,
+            in_axes=(None, 0, None),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=(0,) if donate else (),
+        )
+        return lambda state, *rest: mapped(state, indices, rest)

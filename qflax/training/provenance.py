@@ -21,12 +21,22 @@ def provenance(num_devices: int) -> dict[str, object]:
     device = jax.devices()[0]
     return {
         "device": f"{num_devices} x {device.device_kind} ({device.platform})",
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": git_commit(),
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it, else the architecture."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.processor() or platform.machine()
 
 
 def git_commit() -> str:

@@ -42,12 +42,13 @@ def relative_learning_rate(
         f"config.warmup_epochs: {warmup_steps} steps of warm-up in a run of {num_steps}; shorten it",
     )
     rest = num_steps - warmup_steps
+    factors = {}
+    for step in milestone_steps:  # Several may fall on one step of a short run.
+        factors[step - warmup_steps] = factors.get(step - warmup_steps, 1.0) * milestone_factor
     after = {
         "cosine": optax.cosine_decay_schedule(1.0, rest),
         "onecycle": optax.linear_schedule(1.0, 0.0, rest),
-        "step": optax.piecewise_constant_schedule(
-            1.0, {step - warmup_steps: milestone_factor for step in milestone_steps}
-        ),
+        "step": optax.piecewise_constant_schedule(1.0, factors),
         "constant": optax.constant_schedule(1.0),
     }[schedule]
     warmup = optax.linear_schedule(0.0, 1.0, max(warmup_steps, 1))

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,25 +15,7 @@ from qflax.training.losses import LOSSES, smooth
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_optimizer
 from qflax.training.parallel import AXIS
 from qflax.training.state import BATCH_STATS, OBSERVED, TrainState
-
-
-@flax.struct.dataclass
-class TrainingData:
-    """The training set on the device, with the order in which it is passed through.
-
-    Attributes:
-      images: uint8 [examples, height, width, channels].
-      labels: int32 [examples].
-      window: int32 [2 * examples], the orders of two epochs (`data.order.window`).
-      first_epoch: int32, the first of them.
-      seed: uint32, of everything random in the run.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    window: jax.Array
-    first_epoch: jax.Array
-    seed: jax.Array
+from qflax.training.stream import TrainingData
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +24,7 @@ class TrainStep:
 
     The batch at step t is the t-th run of `batch_size` positions of the training stream. Everything random
     is a function of (seed, position) or (seed, step), so neither a resumed run nor another number of
-    devices draws differently.
+    devices draws differently; only stochastic rounding of activations depends on the number of devices.
 
     Attributes:
       model: with `AXIS` as the axis of its norms.
@@ -114,8 +95,8 @@ class TrainStep:
         key = jax.random.key(data.seed)
         images, labels = self._batch(jax.random.fold_in(key, 0), state.step, index, data)
         labels = smooth(labels, numbers.label_smoothing)
-        step_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-        rngs = {"quantization": jax.random.fold_in(step_key, index)}
+        # The same on all devices, so that stochastically rounded weights are the same on all.
+        rngs = {"quantization": jax.random.fold_in(jax.random.fold_in(key, 1), state.step)}
 
         def loss_of(trained):
             logits, observed = self.model.apply(

@@ -1,5 +1,6 @@
 """Workdirs: what later commands, and runs that start from another, read of a run."""
 
+import json
 import pathlib
 from collections.abc import Mapping
 
@@ -83,6 +84,13 @@ def start_from(workdir: pathlib.Path, variables: Mapping) -> dict:
     return variables
 
 
+def record_start(workdir: pathlib.Path, step: int, origin: Mapping) -> None:
+    """Appends versions, commit, hardware and command of a start at `step` to the workdir's list of them."""
+    path = workdir / ENVIRONMENT_FILE
+    starts = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*starts, {"from_step": step, **origin}], indent=2) + "\n")
+
+
 def count_parameters(variables: Mapping) -> int:
     """Number of weights, biases and norm parameters."""
     return int(parameter_overview.count_parameters(variables[WEIGHTS]))
@@ -128,7 +136,7 @@ def evaluate_workdir(
     config, state = load_workdir(workdir, which)
     if data_dir:
         config.data_dir = data_dir
-    devices = Devices(config.num_devices, {"eval_batch_size": config.eval_batch_size})
+    devices = Devices()
     variables = devices.replicate(state.served)
     metrics = load_evaluator(config, split, devices)(variables)
     return metrics, build.measure_costs(config, state.served)

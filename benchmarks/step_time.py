@@ -1,0 +1,119 @@
+"""Seconds per training step of each quantizer against the float network, in one run.
+
+python -m benchmarks.step_time --model=resnet20 --batch_size=128 --rounds=9 --output=step_time.json
+
+The variants take turns, one step each a round, so that whatever else the machine does hits all of them;
+the table gives the minimum and the median over the rounds and the ratio of medians to float.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from configs import default
+from qflax import runtime
+from qflax.data import Dataset, data_format
+from qflax.quantizers import calibrate
+from qflax.training import build
+from qflax.training.parallel import Devices
+from qflax.training.provenance import provenance
+from qflax.training.state import initial_variables
+from qflax.training.stream import Stream
+
+_LSQ = dict(scale="lsq", statistic="mse")
+VARIANTS = {
+    "float": (None, None),
+    "int8 lsq": (dict(bits=8, granularity="per_channel", **_LSQ), dict(bits=8, **_LSQ)),
+    "int4 lsq": (dict(bits=4, granularity="per_channel", **_LSQ), dict(bits=4, **_LSQ)),
+    "int4 statistic, learned range": (
+        dict(bits=4, scale="statistic", granularity="per_channel"),
+        dict(bits=4, scale="range"),
+    ),
+    "int4 ewgs": (
+        dict(bits=4, granularity="per_channel", surrogate="ewgs", **_LSQ),
+        dict(bits=4, surrogate="ewgs", **_LSQ),
+    ),
+    "int4 asymmetric activations": (
+        dict(bits=4, granularity="per_channel", **_LSQ),
+        dict(bits=4, scale="lsq", symmetric=False),
+    ),
+}
+
+
+class Variant:
+    """One compiled training step and its state."""
+
+    def __init__(self, config, weights, activations, dataset):
+        """Compiles the step; `first_seconds` is what that took, with the first step."""
+        config.weights, config.activations = weights, activations
+        devices = Devices(0, config.batch_size)
+        network = build.model(config)
+        variables = initial_variables(network, dataset.images.shape[1:], 0)
+        batch = np.random.default_rng(0).normal(size=(64, *dataset.images.shape[1:]))
+        variables = calibrate(network, variables, [batch.astype(np.float32)], train=True)
+        on_cpu = devices.platform == "cpu"
+        step = functools.partial(build.train_step(config, devices).many, unroll=on_cpu)
+        self._dispatch = devices.pmap(step, donate=True)
+        self._state = devices.replicate(build.state(config, variables))
+        self._stream, self._at = Stream(dataset, 0, config.batch_size, devices), 0
+        self._rates = np.full(1 if on_cpu else 50, 0.01, np.float32)
+        self._numbers = build.hyperparameters(config)
+        began = time.perf_counter()
+        self.step()
+        self.first_seconds = time.perf_counter() - began
+
+    def step(self) -> float:
+        """Seconds per step of one dispatch."""
+        data = self._stream.at(self._at)
+        self._at += len(self._rates)
+        began = time.perf_counter()
+        self._state, metrics = self._dispatch(self._state, data, self._rates, self._numbers)
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - began) / len(self._rates)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    options = parser.parse_args()
+    runtime.configure(options.batch_size)
+    config = default.get_config()
+    config.update({name: getattr(options, name) for name in ("model", "batch_size", "dtype")})
+    shape = data_format(config.dataset).image_shape
+    rng, count = np.random.default_rng(0), 50 * options.batch_size
+    images = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    dataset = Dataset(images=images, labels=labels, num_classes=10, name="noise")
+    built = {}
+    for name in dict.fromkeys(["float", *options.variants]):
+        built[name] = Variant(config.copy_and_resolve_references(), *VARIANTS[name], dataset)
+    seconds = {name: [] for name in built}
+    for _ in range(options.rounds):
+        for name, variant in built.items():
+            seconds[name].append(variant.step())
+    origin = provenance(len(jax.devices()))
+    print(f"{options.model}, batch {options.batch_size}, {options.dtype}, {origin['device']}")
+    print(f"{'variant':32}{'min s':>10}{'median s':>10}{'to float':>10}{'compile s':>11}")
+    rows = []
+    for name, times in seconds.items():
+        median, ratio = np.median(times), np.median(times) / np.median(seconds["float"])
+        first = built[name].first_seconds
+        print(f"{name:32}{min(times):10.4f}{median:10.4f}{ratio:10.3f}{first:11.1f}")
+        rows.append({"variant": name, "seconds": times, "median_to_float": ratio, "first_seconds": first})
+    if options.output:
+        options.output.write_text(json.dumps({**vars(options), "output": None, **origin, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Settings of JAX and hypothesis for all tests, and the reference vectors in `golden`."""
+
+import functools
+import os
+import pathlib
+
+# Before JAX starts: the CPU shows two devices, and is the platform unless another one is asked for.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+)
+os.environ.setdefault("NPROC", "4")  # See qflax.runtime: two devices deadlock on two threads.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# Some accelerators round the operands of float32 products to fewer bits unless told otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile(
+    "qflax", deadline=None, derandomize=True, max_examples=25, print_blob=False
+)
+hypothesis.settings.load_profile("qflax")
+
+
+class Golden:
+    """Arrays of one file whose names start with a case, or with nothing."""
+
+    def __init__(self, arrays, prefix=""):
+        self._arrays, self._prefix = arrays, prefix
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[self._prefix + name]
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._arrays
+
+    def case(self, name: str) -> "Golden":
+        """The arrays `<name>.*`."""
+        return Golden(self._arrays, f"{self._prefix}{name}.")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Function from a file's name to its reference vectors."""
+
+    @functools.cache
+    def load(name: str) -> Golden:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+            return Golden(dict(arrays))
+
+    return load

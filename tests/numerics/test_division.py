@@ -1,0 +1,37 @@
+"""A quotient is correctly rounded in every program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qflax.numerics import quotient
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu",
+    reason="accelerators divide float32 to within a few units in the last place",
+)
+
+X = np.random.default_rng(0).normal(size=(200, 100)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (100,)])
+def test_quotient_is_the_ieee_quotient_with_and_without_jit(shape):
+    divisor = np.random.default_rng(1).uniform(0.01, 0.02, shape).astype(np.float32)
+    for function in (quotient, jax.jit(quotient), jax.jit(lambda x, _: quotient(x, divisor))):
+        np.testing.assert_array_equal(function(jnp.asarray(X), jnp.asarray(divisor)), X / divisor)
+
+
+def test_quotient_of_a_scalar_and_a_constant_is_the_ieee_quotient():
+    divide = jax.jit(lambda x: quotient(x, 127))
+    for x in X[0]:
+        assert divide(x) == x / np.float32(127)
+
+
+def test_an_addition_that_follows_is_not_fused_with_the_quotient():
+    y = jax.jit(lambda x, s, z: quotient(x, s) + z)(jnp.asarray(X), jnp.float32(0.0123), jnp.float32(7))
+    np.testing.assert_array_equal(y, X / np.float32(0.0123) + np.float32(7))
+
+
+def test_nan_stays_nan():
+    assert np.isnan(quotient(jnp.float32(jnp.nan), 2.0))

@@ -1,0 +1,126 @@
+"""Calibration sets every range in one pass and changes nothing else."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qflax.layers import Activation, Conv
+from qflax.quantizers import PARAMETERS, STATISTICS, Quantization, Uniform, UniformQuantizer, calibrate
+
+RNG = np.random.default_rng(0)
+BATCHES = [
+    (factor * RNG.normal(size=(4, 6)) + shift).astype(np.float32)
+    for factor, shift in [(1, 0), (3, 1), (2, -1)]
+]
+
+
+def quantizer(**fields):
+    return UniformQuantizer(spec=Uniform(**{"bits": 8, **fields}), weights=False)
+
+
+def ranges(model, batches=BATCHES):
+    variables = calibrate(model, model.init(jax.random.key(0), batches[0]), batches)
+    assert variables[STATISTICS]["count"] == len(batches)
+    return {**variables.get(PARAMETERS, {}), **variables[STATISTICS]}
+
+
+@pytest.mark.parametrize("scale", ["static", "ema", "range", "pact"])
+def test_of_absolute_maxima_the_maximum(scale):
+    x_max = ranges(quantizer(scale=scale, statistic="absmax"))["x_max"]
+    assert x_max == max(np.max(np.abs(batch)) for batch in BATCHES)
+
+
+@pytest.mark.parametrize("scale", ["static", "range"])
+def test_of_other_statistics_the_mean(scale):
+    x_max = ranges(quantizer(scale=scale, statistic="mean"))["x_max"]
+    each = [2 * np.mean(np.abs(batch)) / np.sqrt(127) * 128 for batch in BATCHES]
+    assert x_max == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_learned_scales_follow_the_same_range():
+    x_max = ranges(quantizer(scale="range", statistic="absmax"))["x_max"]
+    assert ranges(quantizer(scale="lsq", statistic="absmax"))["scale"] == pytest.approx(float(x_max) / 128)
+    log2_scale = ranges(quantizer(scale="log2", statistic="absmax"))["log2_scale"]
+    assert log2_scale == pytest.approx(np.log2(float(x_max) / 128), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["static", "range", "lsq"])
+def test_asymmetric_extremes_hold_all_batches(scale):
+    # Two batches of the same width, at different places.
+    batches = [np.float32([[-3, 1]]), np.float32([[-1, 3]]), np.float32([[0, 1]])]
+    got = ranges(quantizer(scale=scale, symmetric=False, statistic="absmax"), batches)
+    width = {"lsq": lambda: got["scale"] * 255, "range": lambda: got["width"]}.get(
+        scale, lambda: got["x_max"] - got["x_min"]
+    )()
+    assert got["x_min"] == -3
+    assert width == pytest.approx(6, rel=1e-6)
+
+
+def test_asymmetric_ends_of_other_statistics_are_averaged():
+    got = ranges(quantizer(scale="range", symmetric=False, statistic="percentile", percentile=100))
+    low, high = ([f(b) for b in BATCHES] for f in (np.min, np.max))
+    assert got["x_min"] == pytest.approx(np.mean(low), rel=1e-6)
+    assert got["x_min"] + got["width"] == pytest.approx(np.mean(high), rel=1e-5)
+
+
+def test_an_earlier_calibration_is_forgotten():
+    model = quantizer(scale="range", statistic="absmax")
+    variables = model.init(jax.random.key(0), BATCHES[0])
+    first = calibrate(model, variables, [100 * BATCHES[1]])
+    again = calibrate(model, first, BATCHES)
+    jax.tree.map(np.testing.assert_array_equal, again, calibrate(model, variables, BATCHES))
+
+
+def test_data_of_zeros_has_the_range_one():
+    assert ranges(quantizer(scale="range", statistic="absmax"), [np.zeros((2, 6), np.float32)])["x_max"] == 1
+
+
+class Net(nn.Module):
+    """Convolution, norm and ReLU, twice."""
+
+    quantization: Quantization
+
+    @nn.compact
+    def __call__(self, x, train):
+        for i in range(2):
+            x = Conv(4, (3, 3), use_bias=False, quantization=self.quantization, name=f"conv{i}")(x)
+            x = nn.BatchNorm(use_running_average=not train, name=f"norm{i}")(x)
+            x = Activation(quantization=self.quantization, name=f"act{i}")(x)
+        return x.value if i and self.quantization.activations else x
+
+
+IMAGES = [RNG.normal(size=(4, 6, 6, 3)).astype(np.float32) for _ in range(2)]
+
+
+def test_activations_are_seen_float_behind_quantized_weights():
+    spec = {
+        "weights": Uniform(bits=2, scale="statistic"),
+        "activations": Uniform(bits=2, scale="static", statistic="absmax"),
+    }
+    model, reference = Net(Quantization(**spec)), Net(Quantization(weights=spec["weights"]))
+    variables = model.init(jax.random.key(0), IMAGES[0], train=True)
+    got = calibrate(model, variables, IMAGES, train=True)
+    weights = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+    outputs = [reference.apply(weights, x, train=True, mutable=["batch_stats"])[0] for x in IMAGES]
+    expected = max(float(jnp.max(y)) for y in outputs)
+    assert got[STATISTICS]["act1"]["activations"]["x_max"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_and_norm_statistics_are_left_as_they_are():
+    model = Net(Quantization(weights=Uniform(bits=4), activations=Uniform(bits=4)))
+    variables = model.init(jax.random.key(0), IMAGES[0], train=True)
+    got = calibrate(model, variables, IMAGES, train=True)
+    assert set(got) == set(variables)
+    for name in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, got[name], variables[name])
+    assert jax.tree.structure(got) == jax.tree.structure(variables)
+    counts = [leaf for path, leaf in jax.tree.leaves_with_path(got[STATISTICS]) if path[-1].key == "count"]
+    assert counts == [2] * 4
+
+
+def test_float_network_passes_through():
+    model = Net(Quantization())
+    variables = model.init(jax.random.key(0), IMAGES[0], train=True)
+    assert calibrate(model, variables, IMAGES, train=True).keys() == variables.keys()

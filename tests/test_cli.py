@@ -1,0 +1,92 @@
+"""The programs as a user calls them: one clear line and exit code 2 for bad input, results otherwise."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICK = [
+    "--config=configs/quickstart.py",
+    "--config.num_train_steps=2",
+    "--config.warmup_epochs=0.0",
+    "--config.calibration_examples=32",
+]
+
+
+def call(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment},
+    )
+
+
+def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_path):
+    workdir = tmp_path / "run"
+    trained = call("train.py", *QUICK, f"--workdir={workdir}", "--config.weights.bits=3")
+    assert trained.returncode == 0, trained.stderr
+    assert "stage1_block1/conv1" in trained.stdout and "test accuracy" in trained.stdout
+    evaluated = call("-m", "qflax.cli", "evaluate", str(workdir))
+    assert evaluated.returncode == 0, evaluated.stderr
+    accuracy = trained.stdout.split("test accuracy ")[1].split(" ")[0]
+    assert f"test accuracy {accuracy} " in evaluated.stdout
+    table = [line.split() for line in evaluated.stdout.splitlines()]
+    assert next(row for row in table if row[:1] == ["conv_init"])[:3] == ["conv_init", "432", "3"]
+
+
+@pytest.mark.parametrize(
+    "arguments,parts",
+    [
+        ([], ["--config: missing"]),
+        (["--config=configs/nothing.py"], ["configs/nothing.py"]),
+        (["--config=configs/quickstart.py", "--confg.seed=1"], ["confg"]),
+        (["--config=configs/quickstart.py", "--config.batchsize=1"], ["batchsize"]),
+        (["--config=configs/quickstart.py", "--config.batch_size=many"], ["batch_size", "many"]),
+        (["--config=configs/quickstart.py", "--config.weights.bits=0"], ["weights.bits=0", "1 to 16"]),
+        (["--config=configs/quickstart.py", "--config.model=resnet21"], ["resnet21", "'resnet20'"]),
+        (["--config=configs/quickstart.py", "--config.num_devices=99"], ["num_devices=99"]),
+        (["--config=configs/quickstart.py", "--config.batch_size=5000"], ["batch_size=5000"]),
+        (["--config=configs/quickstart.py", "--config.init_from=/nowhere"], ["/nowhere", "not a workdir"]),
+        (["--config=configs/quickstart.py", "--config.weights.rounding=floor"], ["rounding", "spec.py"]),
+        (["extra", "--config=configs/quickstart.py"], ["'extra'"]),
+        (
+            ["--config=configs/resnet20_fp32_cifar10.py", "--config.data_dir=/nowhere"],
+            ["cifar10", "/nowhere"],
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, parts, tmp_path):
+    result = call("train.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr
+    for part in parts:
+        assert part in lines[-1], lines[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_many_devices_and_large_seeds_are_fine(tmp_path):
+    flags = "--xla_force_host_platform_device_count=16"
+    arguments = [*QUICK, "--config.seed=4294967295", f"--workdir={tmp_path / 'run'}"]
+    result = call("train.py", *arguments, XLA_FLAGS=flags)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_rule_that_matches_nothing_is_an_error(tmp_path):
+    config = tmp_path / "config_with_rule.py"
+    config.write_text(
+        "from configs import quickstart\n"
+        "def get_config():\n"
+        "    config = quickstart.get_config()\n"
+        "    config.rules = (dict(layers='conv_int', weights=dict(bits=8)),)\n"
+        "    return config\n"
+    )
+    result = call("train.py", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert "'conv_int'" in result.stderr and "did you mean 'conv_init'" in result.stderr
