@@ -3,7 +3,24 @@
 Any field can be set on the command line: `--config.batch_size=256 --config.weights.bits=3`.
 """
 
+import dataclasses
+import typing
+
 import ml_collections
+
+from qflax.quantizers import Uniform
+
+
+def uniform(**fields) -> ml_collections.ConfigDict:
+    """A quantizer for `weights` or `activations`: the fields of `qflax.quantizers.Uniform`, all of them set,
+    so that each can be changed on the command line.
+    """
+    spec = ml_collections.ConfigDict({"kind": "uniform"})
+    types = typing.get_type_hints(Uniform)
+    for name, value in dataclasses.asdict(Uniform(**fields)).items():
+        kind = next(t for t in (*typing.get_args(types[name]), types[name]) if t is not type(None))
+        spec[name] = ml_collections.config_dict.placeholder(kind) if value is None else value
+    return spec
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -17,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_norm_epsilon = 1e-5
     config.dtype = "float32"  # Of convolutions in training: float32 or bfloat16. Evaluation is float32.
 
-    # Quantization: None is float; else the fields of a spec (see qflax/quantizers/spec.py), for instance
-    # dict(bits=4, scale="lsq", granularity="per_channel").
+    # Quantization: None is float; else a spec (see qflax/quantizers/spec.py), for instance
+    # uniform(bits=4, scale="lsq", granularity="per_channel").
     config.weights = None
     config.activations = None
     # Exceptions, later ones override earlier ones: mappings with `layers`, a glob pattern on layer paths,

@@ -1,6 +1,9 @@
 """ResNet-20 with 4-bit weights and activations, fine-tuned from the float one.
 
 python train.py --config=configs/resnet20_int4_cifar10.py --workdir=runs/int4 --config.init_from=runs/fp32
+
+Measured so far, shortened: 88.11 % after 4 epochs from a float network at 88.64 %, 7.5 minutes on two CPU
+cores; the command is in docs/results.md.
 """
 
 from configs import default
@@ -9,8 +12,8 @@ from configs import default
 def get_config():
     """Returns the configuration."""
     config = default.get_config()
-    config.weights = dict(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
-    config.activations = dict(bits=4, scale="lsq", statistic="mse")
+    config.weights = default.uniform(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
+    config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
     config.learning_rate = 0.01
     config.quantizer_learning_rate = 0.01
     return config

@@ -22,7 +22,7 @@ def train_main(arguments: Sequence[str]) -> int:
     app.define_help_flags()
 
     def run() -> None:
-        rest = _parse(flags.FLAGS, arguments)
+        rest = _parse(flags.FLAGS, arguments, config)
         if rest or config.value is None:
             raise UserError(
                 f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE"
@@ -53,26 +53,28 @@ def _train(config, workdir: pathlib.Path) -> None:
     )
 
 
-def _parse(values, arguments: Sequence[str]) -> list[str]:
+def _parse(values, arguments: Sequence[str], config) -> list[str]:
     """Parses absl flags; errors of a configuration file or a field become one line."""
     from absl import flags
 
+    given = " ".join(argument for argument in arguments if argument.startswith("--config"))
     try:
-        return values(arguments)[1:]
+        rest = values(arguments)[1:]
+        if config.value is not None:
+            config.value.items()  # A file that cannot be loaded is told of only when it is used.
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
-    except KeyError as error:
+    except (AttributeError, KeyError) as error:
+        reason = error
+        while isinstance(reason, Exception) and reason.args:
+            reason = reason.args[0]  # The text; str() of a KeyError would quote and escape it.
         raise UserError(
-            f"{error} in {_config_arguments(arguments)}: no field that this configuration sets; choices are "
-            "in configs/default.py and qflax/quantizers/spec.py, others than set are for a configuration file"
+            f"{given}: the configuration has no field {_one_line(reason)}; see configs/default.py "
+            "and, for weights and activations, qflax/quantizers/spec.py"
         ) from None
-    except (OSError, ImportError, AttributeError, TypeError, ValueError) as error:
-        given = _config_arguments(arguments)
+    except (OSError, ImportError, TypeError, ValueError) as error:
         raise UserError(f"{given}: {_one_line(error)}; see configs/default.py") from None
-
-
-def _config_arguments(arguments: Sequence[str]) -> str:
-    return " ".join(argument for argument in arguments if argument.startswith("--config"))
+    return rest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,5 +121,5 @@ def _report_errors(run: Callable[[], None]) -> int:
     return 0
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())

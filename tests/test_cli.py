@@ -29,10 +29,16 @@ def call(*command, **environment):
 
 def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_path):
     workdir = tmp_path / "run"
-    trained = call("train.py", *QUICK, f"--workdir={workdir}", "--config.weights.bits=3")
+    trained = call(
+        "train.py",
+        *QUICK,
+        f"--workdir={workdir}",
+        "--config.weights.bits=3",
+        "--config.activations.strength=0.5",
+    )
     assert trained.returncode == 0, trained.stderr
     assert "stage1_block1/conv1" in trained.stdout and "test accuracy" in trained.stdout
-    evaluated = call("-m", "qflax.cli", "evaluate", str(workdir))
+    evaluated = call("-m", "qflax", "evaluate", str(workdir))
     assert evaluated.returncode == 0, evaluated.stderr
     accuracy = trained.stdout.split("test accuracy ")[1].split(" ")[0]
     assert f"test accuracy {accuracy} " in evaluated.stdout
@@ -49,11 +55,14 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
         (["--config=configs/quickstart.py", "--config.batchsize=1"], ["batchsize"]),
         (["--config=configs/quickstart.py", "--config.batch_size=many"], ["batch_size", "many"]),
         (["--config=configs/quickstart.py", "--config.weights.bits=0"], ["weights.bits=0", "1 to 16"]),
-        (["--config=configs/quickstart.py", "--config.model=resnet21"], ["resnet21", "'resnet20'"]),
+        (
+            ["--config=configs/quickstart.py", "--config.model=resnet21"],
+            ["resnet21", "choices: resnet8, resnet20"],
+        ),
         (["--config=configs/quickstart.py", "--config.num_devices=99"], ["num_devices=99"]),
         (["--config=configs/quickstart.py", "--config.batch_size=5000"], ["batch_size=5000"]),
         (["--config=configs/quickstart.py", "--config.init_from=/nowhere"], ["/nowhere", "not a workdir"]),
-        (["--config=configs/quickstart.py", "--config.weights.rounding=floor"], ["rounding", "spec.py"]),
+        (["--config=configs/quickstart.py", "--config.weights.roundng=floor"], ["roundng", "spec.py"]),
         (["extra", "--config=configs/quickstart.py"], ["'extra'"]),
         (
             ["--config=configs/resnet20_fp32_cifar10.py", "--config.data_dir=/nowhere"],

@@ -1,0 +1,7 @@
+"""`python -m qflax` is the `qflax` command."""
+
+import sys
+
+from qflax.cli import main
+
+sys.exit(main())
