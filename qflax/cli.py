@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -68,8 +69,9 @@ def _parse(values, arguments: Sequence[str], config) -> list[str]:
         reason = error
         while isinstance(reason, Exception) and reason.args:
             reason = reason.args[0]  # The text; str() of a KeyError would quote and escape it.
+        reason = re.sub(r'Other fields present: "{.*}"', "", str(reason), flags=re.DOTALL)
         raise UserError(
-            f"{given}: the configuration has no field {_one_line(reason)}; see configs/default.py "
+            f"{given}: the configuration has no such field: {_one_line(reason)}; see configs/default.py "
             "and, for weights and activations, qflax/quantizers/spec.py"
         ) from None
     except (OSError, ImportError, TypeError, ValueError) as error:

@@ -80,6 +80,20 @@ def test_bad_input_ends_in_one_line(arguments, parts, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_misspelt_field_in_a_file_is_named(tmp_path):
+    config = tmp_path / "config_misspelt.py"
+    config.write_text(
+        "from configs import quickstart\n"
+        "def get_config():\n"
+        "    config = quickstart.get_config()\n"
+        "    config.batchsize = 3\n"
+        "    return config\n"
+    )
+    result = call("train.py", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2 and 'mean "batch_size"' in result.stderr
+    assert len(result.stderr) < 600 and len(result.stderr.strip().splitlines()) == 1
+
+
 def test_many_devices_and_large_seeds_are_fine(tmp_path):
     flags = "--xla_force_host_platform_device_count=16"
     arguments = [*QUICK, "--config.seed=4294967295", f"--workdir={tmp_path / 'run'}"]
