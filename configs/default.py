@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.augmentation = ml_collections.ConfigDict()
     config.augmentation.crop_padding = 4  # Random crop after padding by so many pixels.
     config.augmentation.flip = True  # Random horizontal flip.
-    config.augmentation.cutout = 0  # Side of a square that is blanked, in pixels; 0 is off.
+    config.augmentation.cutout = 0  # Side of a square set to the mean colour, in pixels; 0 is off.
     config.augmentation.mixup_alpha = 0.0  # Parameter of the beta distribution; 0 is off.
     config.augmentation.cutmix_alpha = 0.0  # The same for cutmix.
 

@@ -137,6 +137,7 @@ class TrainStep:
             *partners,
             spec=self.augmentation,
             num_classes=self.num_classes,
+            fill=255 * jnp.asarray(self.mean),  # Zero after normalisation, as in the cutout paper.
         )
         return normalize(images, self.mean, self.std), labels
 

@@ -104,3 +104,12 @@ def test_bfloat16_keeps_parameters_and_scales_in_float32(tiny_config, dataset):
         np.dtype("float32"),
         np.dtype("int32"),
     }
+
+
+def test_cutout_is_zero_after_normalisation(tiny_config, dataset):
+    tiny_config.augmentation = dict(crop_padding=0, flip=False, cutout=8, mixup_alpha=0.0, cutmix_alpha=0.0)
+    devices = Devices(1)
+    step, data = build.train_step(tiny_config, devices), Stream(dataset, 3, 32, devices).at(0)
+    images, _ = step._batch(jax.random.key(0), 0, 0, data)
+    blank = np.sum(np.all(np.abs(images) < 1e-5, axis=-1), axis=(1, 2))
+    assert blank.min() >= 16 and blank.max() == 64
