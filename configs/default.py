@@ -8,19 +8,39 @@ import typing
 
 import ml_collections
 
-from qflax.quantizers import Uniform
+from qflax.quantizers import KINDS
+
+
+def quantizer(kind: str, **fields) -> ml_collections.ConfigDict:
+    """A quantizer for `weights` or `activations`: all fields of the spec of that kind, in qflax/quantizers,
+    so that each can be changed on the command line.
+    """
+    spec = ml_collections.ConfigDict({"kind": kind})
+    types = typing.get_type_hints(KINDS[kind])
+    for name, value in dataclasses.asdict(KINDS[kind](**fields)).items():
+        of = next(t for t in (*typing.get_args(types[name]), types[name]) if t is not type(None))
+        spec[name] = ml_collections.config_dict.placeholder(of) if value is None else value
+    return spec
 
 
 def uniform(**fields) -> ml_collections.ConfigDict:
-    """A quantizer for `weights` or `activations`: the fields of `qflax.quantizers.Uniform`, all of them set,
-    so that each can be changed on the command line.
-    """
-    spec = ml_collections.ConfigDict({"kind": "uniform"})
-    types = typing.get_type_hints(Uniform)
-    for name, value in dataclasses.asdict(Uniform(**fields)).items():
-        kind = next(t for t in (*typing.get_args(types[name]), types[name]) if t is not type(None))
-        spec[name] = ml_collections.config_dict.placeholder(kind) if value is None else value
-    return spec
+    """Integers of a fixed width, see qflax/quantizers/uniform.py."""
+    return quantizer("uniform", **fields)
+
+
+def minifloat(**fields) -> ml_collections.ConfigDict:
+    """Floating point eXmY, see qflax/quantizers/minifloat.py."""
+    return quantizer("minifloat", **fields)
+
+
+def mixed_precision(**fields) -> ml_collections.ConfigDict:
+    """Integers of a learned width, see qflax/quantizers/mixed_precision.py."""
+    return quantizer("mixed_precision", **fields)
+
+
+def accumulator_aware(**fields) -> ml_collections.ConfigDict:
+    """Weights for a narrow accumulator (A2Q, A2Q+), see qflax/quantizers/accumulator_aware.py."""
+    return quantizer("accumulator_aware", **fields)
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -34,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_norm_epsilon = 1e-5
     config.dtype = "float32"  # Of convolutions in training: float32 or bfloat16. Evaluation is float32.
 
-    # Quantization: None is float; else a spec (see qflax/quantizers/spec.py), for instance
+    # Quantization: None is float; else one of the specs above, for instance
     # uniform(bits=4, scale="lsq", granularity="per_channel").
     config.weights = None
     config.activations = None
@@ -79,6 +99,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.ema_decay = 0.0  # Evaluate an exponential average of the weights; 0 is off.
     config.quantizer_optimizer = "sgd"  # sgd or adam, for scales and ranges.
     config.quantizer_learning_rate = 0.1  # The peak; same schedule.
+
+    # Sizes, with learned widths: strength * relu(size - target)^2 is added to the loss.
+    config.size_targets = ml_collections.ConfigDict()  # In KiB; 0 is no target.
+    config.size_targets.weight_kib = 0.0  # All weights and biases.
+    config.size_targets.activation_kib_sum = 0.0  # All activations of one example.
+    config.size_targets.activation_kib_max = 0.0  # The largest of them.
+    config.size_strengths = ml_collections.ConfigDict()  # Per KiB^2.
+    config.size_strengths.weight_kib = 0.1
+    config.size_strengths.activation_kib_sum = 0.1
+    config.size_strengths.activation_kib_max = 0.1
+    config.size_ramp = 0.0  # Fraction of the run over which the strengths grow from 0.
+    # Learned widths freeze once all targets hold, but not before this fraction of the run; at the last step
+    # in any case.
+    config.freeze_widths_after = 0.5
+    config.accumulator_strength = 1e-3  # Of A2Q's penalty on norms that the accumulator does not allow.
 
     # The run.
     config.seed = 0

@@ -47,6 +47,11 @@ def _train(config, workdir: pathlib.Path) -> None:
 
     result = train(config, workdir)
     print((workdir / TABLE_FILE).read_text())
+    if result.get("missed_size_targets"):
+        print(
+            f"missed size targets: {', '.join(result['missed_size_targets'])}; train longer, or raise "
+            "config.size_strengths or config.quantizer_learning_rate"
+        )
     print(
         f"test accuracy {result['test_accuracy']:.2%} (top 5 {result['test_top5_accuracy']:.2%}), "
         f"weights {result['weight_bytes'] / 1024:.2f} KiB, {result['train_seconds']:.0f} s of training; "
@@ -72,7 +77,7 @@ def _parse(values, arguments: Sequence[str], config) -> list[str]:
         reason = re.sub(r'Other fields present: "{.*}"', "", str(reason), flags=re.DOTALL)
         raise UserError(
             f"{given}: the configuration has no such field: {_one_line(reason)}; see configs/default.py "
-            "and, for weights and activations, qflax/quantizers/spec.py"
+            "and, for weights and activations, the specs in qflax/quantizers"
         ) from None
     except (OSError, ImportError, TypeError, ValueError) as error:
         raise UserError(f"{given}: {_one_line(error)}; see configs/default.py") from None

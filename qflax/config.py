@@ -66,6 +66,8 @@ _BELOW_ONE = _number(0, 1 - 1e-9)
 _TEXT = _of_type(str, "a string")
 _FLAG = _of_type(bool, "True or False")
 
+_SIZES = {name: _NOT_NEGATIVE for name in ("weight_kib", "activation_kib_sum", "activation_kib_max")}
+
 # Field -> check. A mapping is a group of fields.
 FIELDS = {
     "model": _TEXT,
@@ -109,6 +111,11 @@ FIELDS = {
     "ema_decay": _BELOW_ONE,
     "quantizer_optimizer": _one_of("sgd", "adam"),
     "quantizer_learning_rate": _NOT_NEGATIVE,
+    "size_targets": _SIZES,
+    "size_strengths": _SIZES,
+    "size_ramp": _FRACTION,
+    "freeze_widths_after": _FRACTION,
+    "accumulator_strength": _NOT_NEGATIVE,
     "seed": _number(0, 2**32 - 1, integer=True),
     "num_devices": _COUNT_OR_ZERO,
     "steps_per_dispatch": _COUNT_OR_ZERO,

@@ -34,7 +34,9 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
         *QUICK,
         f"--workdir={workdir}",
         "--config.weights.bits=3",
-        "--config.activations.strength=0.5",
+        "--config.weights.min_bits=3",
+        "--config.weights.max_bits=3",
+        "--config.activations.percentile=99.9",
     )
     assert trained.returncode == 0, trained.stderr
     assert "stage1_block1/conv1" in trained.stdout and "test accuracy" in trained.stdout
@@ -54,7 +56,7 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
         (["--config=configs/quickstart.py", "--confg.seed=1"], ["confg"]),
         (["--config=configs/quickstart.py", "--config.batchsize=1"], ["batchsize"]),
         (["--config=configs/quickstart.py", "--config.batch_size=many"], ["batch_size", "many"]),
-        (["--config=configs/quickstart.py", "--config.weights.bits=0"], ["weights.bits=0", "1 to 16"]),
+        (["--config=configs/quickstart.py", "--config.weights.bits=0"], ["weights.bits=0", "max_bits=8"]),
         (
             ["--config=configs/quickstart.py", "--config.model=resnet21"],
             ["resnet21", "choices: resnet8, resnet20"],
@@ -62,7 +64,7 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
         (["--config=configs/quickstart.py", "--config.num_devices=99"], ["num_devices=99"]),
         (["--config=configs/quickstart.py", "--config.batch_size=5000"], ["batch_size=5000"]),
         (["--config=configs/quickstart.py", "--config.init_from=/nowhere"], ["/nowhere", "not a workdir"]),
-        (["--config=configs/quickstart.py", "--config.weights.roundng=floor"], ["roundng", "spec.py"]),
+        (["--config=configs/quickstart.py", "--config.weights.roundng=floor"], ["roundng", "qflax/quantizers"]),
         (["extra", "--config=configs/quickstart.py"], ["'extra'"]),
         (
             ["--config=configs/resnet20_fp32_cifar10.py", "--config.data_dir=/nowhere"],

@@ -1,14 +1,17 @@
 """Linen layers with quantizers, chosen by a `quantizers.Quantization` policy."""
 
+from qflax.layers.accumulation import Accumulation
 from qflax.layers.activation import Activation, Quantize
 from qflax.layers.conv import Conv
-from qflax.layers.cost import COST, LayerCost, layer_costs
+from qflax.layers.corrections import correct_biases, reestimate_norms
+from qflax.layers.cost import COST, LayerCost, layer_costs, sizes, sown_costs
 from qflax.layers.dense import Dense
 from qflax.layers.pool import AveragePool
 from qflax.layers.residual import Add
 
 __all__ = [
     "COST",
+    "Accumulation",
     "Activation",
     "Add",
     "AveragePool",
@@ -16,5 +19,9 @@ __all__ = [
     "Dense",
     "LayerCost",
     "Quantize",
+    "correct_biases",
     "layer_costs",
+    "reestimate_norms",
+    "sizes",
+    "sown_costs",
 ]

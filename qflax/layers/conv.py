@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
+from qflax.layers.accumulation import accumulation
 from qflax.layers.cost import report
 from qflax.layers.operands import compute_dtype, quantize_weights
 from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
@@ -47,7 +48,7 @@ class Conv(nn.Module):
         channels = x.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        quantized = quantize_weights(self, self.quantization, kernel)
+        quantized = quantize_weights(self, self.quantization, kernel, inputs)
         dtype = compute_dtype(self.dtype, x)
         y = jax.lax.conv_general_dilated(
             x.astype(dtype),
@@ -68,5 +69,6 @@ class Conv(nn.Module):
             macs=math.prod(y.shape[1:3]) * math.prod(shape),
             weight_bits=bits_of(quantized),
             input_bits=bits_of(inputs),
+            accumulation=accumulation(quantized, inputs),
         )
         return y

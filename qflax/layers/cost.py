@@ -1,10 +1,14 @@
 """What a layer costs: parameters, bits, operations. Layers report it, nothing recomputes it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qflax.layers.accumulation import Accumulation
 
 COST = "cost"  # Linen collection that layers sow a `LayerCost` into when it is mutable.
 
@@ -23,7 +27,8 @@ class LayerCost:
       biases: elements of the bias, 32 bits each.
       macs: multiply-accumulate operations.
       activations: elements that an activation layer writes.
-      weight_bits, input_bits, activation_bits: bits per element; 32 is float.
+      weight_bits, input_bits, activation_bits: bits per element, on average over channels; 32 is float.
+      accumulation: for bounds on the accumulator; None where sums are not of integers.
     """
 
     path: str = flax.struct.field(pytree_node=False)
@@ -36,6 +41,7 @@ class LayerCost:
     weight_bits: jax.Array | int = 32
     input_bits: jax.Array | int = 32
     activation_bits: jax.Array | int = 32
+    accumulation: Accumulation | None = None
 
     @property
     def weight_bytes(self):
@@ -71,6 +77,16 @@ def sown_costs(state: Mapping) -> tuple[LayerCost, ...]:
     return tuple(walk(state.get(COST, {})))
 
 
+def sizes(costs: Sequence[LayerCost]) -> dict[str, jax.Array]:
+    """What size penalties are about, in KiB: all weights; all activations of an example; the largest."""
+    activations = [cost.activation_bytes for cost in costs]
+    return {
+        "weight_kib": sum(cost.weight_bytes for cost in costs) / 1024,
+        "activation_kib_sum": sum(activations) / 1024,
+        "activation_kib_max": jnp.max(jnp.asarray(activations)) / 1024,
+    }
+
+
 def layer_costs(model: nn.Module, variables: Mapping, example: jax.Array, **call) -> tuple[LayerCost, ...]:
     """Costs of all layers of a model, in the order of the network.
 
@@ -88,4 +104,4 @@ def layer_costs(model: nn.Module, variables: Mapping, example: jax.Array, **call
     # Under jit only what the bits depend on is computed.
     costs = jax.eval_shape(forward, variables) if abstract else jax.jit(forward)(variables)
     # As Python numbers: products of int32 would overflow.
-    return costs if abstract else jax.tree.map(lambda bits: bits.item(), costs)
+    return costs if abstract else jax.tree.map(lambda x: x.item() if x.ndim == 0 else np.asarray(x), costs)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
+from qflax.layers.accumulation import accumulation
 from qflax.layers.cost import report
 from qflax.layers.operands import compute_dtype, quantize_weights
 from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
@@ -37,7 +38,7 @@ class Dense(nn.Module):
         x = value_of(inputs)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        quantized = quantize_weights(self, self.quantization, kernel)
+        quantized = quantize_weights(self, self.quantization, kernel, inputs)
         dtype = compute_dtype(self.dtype, x)
         y = x.astype(dtype) @ value_of(quantized).astype(dtype)
         if self.use_bias:
@@ -51,5 +52,6 @@ class Dense(nn.Module):
             macs=math.prod(x.shape[1:-1]) * math.prod(shape),
             weight_bits=bits_of(quantized),
             input_bits=bits_of(inputs),
+            accumulation=accumulation(quantized, inputs),
         )
         return y

@@ -4,17 +4,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qflax.quantizers import Quantization, QuantizedArray, UniformQuantizer
+from qflax.quantizers import Quantization, QuantizedArray, Quantizer, quantizer_of
 
 
 def quantize_weights(
-    layer: nn.Module, quantization: Quantization, kernel: jax.Array
+    layer: nn.Module,
+    quantization: Quantization,
+    kernel: jax.Array,
+    inputs: jax.Array | QuantizedArray,
 ) -> jax.Array | QuantizedArray:
-    """The layer's kernel [..., features] through its quantizer, or as it is."""
+    """The kernel [..., features] by which `inputs` are multiplied, through its quantizer or as it is."""
     spec = quantization.spec("weights", "/".join(layer.path))
     if spec is None:
         return kernel
-    return UniformQuantizer(spec=spec, weights=True, name="weights")(kernel)
+    return quantizer_of(spec, weights=True, name="weights")(kernel, inputs)
 
 
 def quantize_activations(
@@ -23,17 +26,13 @@ def quantize_activations(
     signed: bool,
     *,
     by_default: bool,
-) -> UniformQuantizer | None:
+) -> Quantizer | None:
     """The layer's activation quantizer, made in the layer's scope, or None for float."""
     spec = quantization.spec("activations", "/".join(layer.path), by_default=by_default)
     if spec is None:
         return None
-    return UniformQuantizer(
-        spec=spec,
-        weights=False,
-        signed=signed,
-        axis_name=quantization.axis_name,
-        name="activations",
+    return quantizer_of(
+        spec, weights=False, signed=signed, axis_name=quantization.axis_name, name="activations"
     )
 
 

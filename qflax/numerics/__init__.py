@@ -1,20 +1,48 @@
 """Pure functions on arrays: number formats, rounding and its gradients."""
 
+from qflax.numerics.accumulator import accumulator_extremes, data_type_width, norm_width, width_of_extremes
+from qflax.numerics.accumulator_aware import AccumulatorBudget, accumulator_aware_codes, code_sums
 from qflax.numerics.division import quotient
-from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient
+from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
+from qflax.numerics.minifloat import MINIFLOAT_SURROGATES, MinifloatEstimator, MinifloatFormat
+from qflax.numerics.mixed_precision import (
+    LearnedInteger,
+    bit_width,
+    highest_code,
+    quantize_to_range,
+    round_straight_through,
+)
+from qflax.numerics.projection import project_onto_l1_ball
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
 
 __all__ = [
     "CLIP_GRADIENTS",
+    "MINIFLOAT_SURROGATES",
     "ROUNDING_MODES",
     "SURROGATES",
+    "AccumulatorBudget",
     "Estimator",
     "IntegerFormat",
+    "LearnedInteger",
+    "MinifloatEstimator",
+    "MinifloatFormat",
+    "accumulator_aware_codes",
+    "accumulator_extremes",
+    "bit_width",
+    "code_sums",
+    "data_type_width",
     "floor_at",
+    "highest_code",
+    "norm_width",
     "power_of_two",
+    "project_onto_l1_ball",
+    "quantize_to_range",
     "quotient",
+    "round_straight_through",
     "round_to_integer",
     "scale_gradient",
+    "sum_to_shape",
+    "width_of_extremes",
 ]

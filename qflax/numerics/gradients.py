@@ -1,4 +1,4 @@
-"""Identities in the forward pass that shape the gradient of a quantizer's own parameters."""
+"""Gradients of a quantizer's own parameters: identities that shape them, and their sum."""
 
 import jax
 import jax.numpy as jnp
@@ -43,3 +43,11 @@ def _power_of_two_forward(x):
 
 
 power_of_two.defvjp(_power_of_two_forward, lambda ratio, g: (g * ratio,))
+
+
+def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which an operand of `shape` was broadcast to the shape of `x`."""
+    leading = x.ndim - len(shape)
+    stretched = [leading + i for i, n in enumerate(shape) if n == 1 and x.shape[leading + i] != 1]
+    summed = jnp.sum(x, axis=(*range(leading), *stretched))
+    return summed.reshape(shape)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from qflax.errors import choose, require
 from qflax.numerics.division import quotient
+from qflax.numerics.gradients import sum_to_shape
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
 
@@ -44,6 +45,7 @@ class Estimator:
         return rule(g, offset, default if self.strength is None else self.strength)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntegerFormat:
     """Integers of 1 to 32 bits; the value of code `q` is `scale * (q - zero_point)`.
@@ -178,18 +180,10 @@ def _fake_quant_backward(fmt, estimator, residuals, g):
     d_zero_point = (through - g) * scale
     return (
         through,
-        _sum_to_shape(d_scale, scale.shape),
-        _sum_to_shape(d_zero_point, zero_point.shape),
+        sum_to_shape(d_scale, scale.shape),
+        sum_to_shape(d_zero_point, zero_point.shape),
         None,
     )
 
 
 _fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
-
-
-def _sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums over the axes along which an operand of `shape` was broadcast to the shape of `x`."""
-    leading = x.ndim - len(shape)
-    stretched = [leading + i for i, n in enumerate(shape) if n == 1 and x.shape[leading + i] != 1]
-    summed = jnp.sum(x, axis=(*range(leading), *stretched))
-    return summed.reshape(shape)

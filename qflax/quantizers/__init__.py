@@ -1,26 +1,44 @@
-"""Quantizers: Linen modules that own scales and ranges, and the specs that describe them."""
+"""Quantizers: Linen modules that own scales, ranges and widths, and the specs that describe them."""
 
+from qflax.quantizers.accumulator_aware import AccumulatorAware, project_weights, set_accumulator_bits
+from qflax.quantizers.base import Quantizer
 from qflax.quantizers.calibration import calibrate
-from qflax.quantizers.collections import PARAMETERS, STATISTICS
-from qflax.quantizers.constraints import constrain
+from qflax.quantizers.collections import BUDGETS, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
+from qflax.quantizers.constraints import constrain, limit_gradients
+from qflax.quantizers.minifloat import Minifloat
+from qflax.quantizers.mixed_precision import MixedPrecision, freeze_widths, widths_frozen
 from qflax.quantizers.quantized_array import QuantizedArray, bits_of, value_of
 from qflax.quantizers.rules import FLOAT, Quantization, Rule, quantization_from_config
-from qflax.quantizers.spec import Uniform, spec_from_dict
-from qflax.quantizers.uniform import UniformQuantizer
+from qflax.quantizers.spec import KINDS, Spec, quantizer_of, spec_from_dict
+from qflax.quantizers.uniform import Uniform
 
 __all__ = [
+    "BUDGETS",
+    "CONSTRAINTS",
     "FLOAT",
+    "KINDS",
     "PARAMETERS",
+    "PENALTIES",
     "STATISTICS",
+    "AccumulatorAware",
+    "Minifloat",
+    "MixedPrecision",
     "Quantization",
     "QuantizedArray",
+    "Quantizer",
     "Rule",
+    "Spec",
     "Uniform",
-    "UniformQuantizer",
     "bits_of",
     "calibrate",
     "constrain",
+    "freeze_widths",
+    "limit_gradients",
+    "project_weights",
     "quantization_from_config",
+    "quantizer_of",
+    "set_accumulator_bits",
     "spec_from_dict",
     "value_of",
+    "widths_frozen",
 ]

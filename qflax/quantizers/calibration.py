@@ -1,14 +1,21 @@
 """Calibration: ranges of all quantizers of a model from batches of real data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
 
-from qflax.quantizers.collections import PARAMETERS, STATISTICS
+from qflax.quantizers.collections import CALIBRATION, PARAMETERS, STATISTICS
 
 
-def calibrate(model: nn.Module, variables: Mapping, batches: Iterable[jax.Array], **call_arguments) -> dict:
+def calibrate(
+    model: nn.Module,
+    variables: Mapping,
+    batches: Iterable[jax.Array],
+    *,
+    roles: Sequence[str] = tuple(CALIBRATION),
+    **call_arguments,
+) -> dict:
     """Sets the ranges of all quantizers in one pass over `batches`.
 
     Weight ranges come from the weights, activation ranges from the inputs of each quantizer, averaged
@@ -19,6 +26,7 @@ def calibrate(model: nn.Module, variables: Mapping, batches: Iterable[jax.Array]
       model: a module built of qflax layers, without an axis of devices.
       variables: its variables.
       batches: model inputs, all of one shape, [batch, ...]; at least one.
+      roles: whose quantizers: `weights`, `activations`.
       **call_arguments: passed to the model, such as `train=True` for batch norm by batch statistics.
 
     Returns:
@@ -28,8 +36,11 @@ def calibrate(model: nn.Module, variables: Mapping, batches: Iterable[jax.Array]
     if not (variables.get(PARAMETERS) or variables.get(STATISTICS)):
         return variables
     own = {name: variables.pop(name, {}) for name in (PARAMETERS, STATISTICS)}
-    own[STATISTICS] = jax.tree.map(lambda x: x * 0, own[STATISTICS])
-    mutable = [PARAMETERS, STATISTICS, *(["batch_stats"] if "batch_stats" in variables else [])]
+    own[STATISTICS] = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 0 if _counts(path, roles) else x, own[STATISTICS]
+    )
+    mutable = [PARAMETERS, STATISTICS, *(CALIBRATION[role] for role in roles)]
+    mutable += [name for name in ("batch_stats",) if name in variables]
 
     @jax.jit
     def observe(variables, own, batch):
@@ -39,3 +50,8 @@ def calibrate(model: nn.Module, variables: Mapping, batches: Iterable[jax.Array]
     for batch in batches:
         own = observe(variables, own, batch)
     return {**variables, **own}
+
+
+def _counts(path: tuple, roles: Sequence[str]) -> bool:
+    """Whether a statistic counts batches for a quantizer of these roles, which layers name after them."""
+    return path[-1].key == "count" and (len(path) == 1 or path[-2].key in roles)

@@ -1,8 +1,16 @@
 """Names of the Linen variable collections that quantizers own.
 
 Weights stay in `params` and batch norm's statistics in `batch_stats`, as everywhere in Flax.
-A forward pass in which `PARAMETERS` is mutable is a calibration pass (see `calibration`).
 """
 
-PARAMETERS = "quantizer_params"  # Trained: scales, ranges, offsets.
-STATISTICS = "quantizer_stats"  # Observed: calibrated or averaged ranges, number of observations.
+PARAMETERS = "quantizer_params"  # Trained: scales, ranges, offsets, widths.
+STATISTICS = "quantizer_stats"  # Observed or set: calibrated ranges, counts, frozen and accumulator widths.
+
+# Reported by a forward pass in which they are mutable.
+CONSTRAINTS = "quantizer_constraints"  # What `PARAMETERS` must satisfy after every update.
+PENALTIES = "quantizer_penalties"  # Terms for the loss.
+BUDGETS = "accumulator_budgets"  # L1 norms that accumulators allow.
+
+# Role -> collection whose being mutable makes a forward pass calibrate the quantizers of that role. They
+# stay empty.
+CALIBRATION = {"weights": "calibrate_weights", "activations": "calibrate_activations"}

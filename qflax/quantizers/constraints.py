@@ -1,25 +1,69 @@
-"""Bounds that quantizer parameters keep after every update, whatever the gradients."""
+"""What quantizer parameters must satisfy after every update, whatever the gradients."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-_LARGEST_LOG2 = 24.0
-_POSITIVE = (2.0**-_LARGEST_LOG2, 2.0**_LARGEST_LOG2)
+from qflax.quantizers.collections import CONSTRAINTS
 
-BOUNDS = {
-    "scale": _POSITIVE,
-    "x_max": _POSITIVE,
-    "width": _POSITIVE,
-    "log2_scale": (-_LARGEST_LOG2, _LARGEST_LOG2),
-    "x_min": (-_POSITIVE[1], 0.0),
-}
+LARGEST_LOG2 = 24.0
+POSITIVE = (2.0**-LARGEST_LOG2, 2.0**LARGEST_LOG2)
+ANY_LOG2 = (-LARGEST_LOG2, LARGEST_LOG2)
+NEGATIVE = (-POSITIVE[1], 0.0)
 
 
-def constrain(quantizer_params: dict) -> dict:
-    """Projects every quantizer parameter into the box of its name (`BOUNDS`); NaN stays NaN."""
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """Every parameter of a quantizer lies between its bounds.
 
-    def project(path, value):
-        low, high = BOUNDS[path[-1].key]
-        return jnp.clip(value, low, high)
+    Attributes:
+      bounds: (name, low, high) of each parameter.
+    """
 
-    return jax.tree_util.tree_map_with_path(project, quantizer_params)
+    bounds: tuple[tuple[str, float, float], ...]
+
+    def project(self, parameters: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The nearest parameters that satisfy it; NaN stays NaN."""
+        return {name: jnp.clip(parameters[name], low, high) for name, low, high in self.bounds}
+
+    def limit_gradients(
+        self, gradients: Mapping[str, jax.Array], parameters: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Gradients (reduced over all devices) as the optimizer should see them."""
+        del parameters
+        return dict(gradients)
+
+
+def constrain(quantizer_params: Mapping, state: Mapping) -> dict:
+    """Quantizer parameters, projected to where they must lie; call it after every update.
+
+    Args:
+      quantizer_params: the collection `PARAMETERS`.
+      state: what a forward pass with `CONSTRAINTS` mutable returned.
+    """
+    return _each(lambda constraint, own: constraint.project(own), state, quantizer_params)
+
+
+def limit_gradients(gradients: Mapping, quantizer_params: Mapping, state: Mapping) -> dict:
+    """Gradients of `quantizer_params` within the bounds that their quantizers set.
+
+    Call it after the gradients have been averaged over the devices, or the bound depends on their number.
+    """
+    return _each(
+        lambda constraint, own, parameters: constraint.limit_gradients(own, parameters),
+        state,
+        gradients,
+        quantizer_params,
+    )
+
+
+def _each(function: Callable, state: Mapping, *trees: Mapping) -> dict:
+    def walk(constraints, *trees):
+        if "constraint" in constraints:
+            return function(constraints["constraint"], *trees)
+        return {name: walk(constraints[name], *(tree[name] for tree in trees)) for name in trees[0]}
+
+    return walk(state.get(CONSTRAINTS, {}), *trees)

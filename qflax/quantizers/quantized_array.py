@@ -2,8 +2,9 @@
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
-from qflax.numerics import IntegerFormat
+from qflax.numerics import IntegerFormat, LearnedInteger, MinifloatFormat
 
 
 @flax.struct.dataclass
@@ -14,7 +15,8 @@ class QuantizedArray:
     it from here; arithmetic on `value` is arithmetic on plain floats and drops the grid.
 
     Attributes:
-      value: float array, every element equal to `scale * (code - zero_point)`.
+      value: float array, every element equal to `scale * (code - zero_point)`; of a minifloat to `scale`
+        times the value of its code.
       scale: float32, scalar or [channels].
       zero_point: integer-valued float32, like `scale`.
       format: the number format of the codes.
@@ -23,7 +25,7 @@ class QuantizedArray:
     value: jax.Array
     scale: jax.Array
     zero_point: jax.Array
-    format: IntegerFormat = flax.struct.field(pytree_node=False)
+    format: IntegerFormat | LearnedInteger | MinifloatFormat
 
 
 def value_of(x: jax.Array | QuantizedArray) -> jax.Array:
@@ -31,6 +33,9 @@ def value_of(x: jax.Array | QuantizedArray) -> jax.Array:
     return x.value if isinstance(x, QuantizedArray) else x
 
 
-def bits_of(x: jax.Array | QuantizedArray) -> int:
-    """Bits per element: those of the format, or 32 for a plain array."""
-    return x.format.bits if isinstance(x, QuantizedArray) else 32
+def bits_of(x: jax.Array | QuantizedArray) -> jax.Array | int:
+    """Bits per element: those of the format, on average over its channels, or 32 for a plain array."""
+    if not isinstance(x, QuantizedArray):
+        return 32
+    bits = x.format.bits
+    return bits if isinstance(bits, int) else jnp.mean(bits)

@@ -5,7 +5,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from qflax.errors import UserError, closest, require
-from qflax.quantizers.spec import Uniform, spec_from_dict
+from qflax.quantizers.spec import Spec, spec_from_dict
 
 ROLES = ("weights", "activations")
 
@@ -40,12 +40,12 @@ class Quantization:
       axis_name: mapped axis that shares a batch, for running averages.
     """
 
-    weights: Uniform | None = None
-    activations: Uniform | None = None
+    weights: Spec | None = None
+    activations: Spec | None = None
     rules: Sequence[Rule] = ()
     axis_name: str | None = None
 
-    def spec(self, role: str, path: str, *, by_default: bool = True) -> Uniform | None:
+    def spec(self, role: str, path: str, *, by_default: bool = True) -> Spec | None:
         """The spec in force for `role` at the layer `path`.
 
         Args:
@@ -122,7 +122,7 @@ def quantization_from_config(
     )
 
 
-def _override(base: Uniform | None, fields: Mapping | None, where: str) -> Uniform | None:
+def _override(base: Spec | None, fields: Mapping | None, where: str) -> Spec | None:
     if fields is None or base is None or "kind" in fields:
         return spec_from_dict(fields, where)
     return spec_from_dict({**dataclasses.asdict(base), **fields}, where)

@@ -1,174 +1,39 @@
-"""Specs: immutable descriptions of a quantizer, validated when made."""
+"""Specs by kind: immutable descriptions of quantizers, validated when made."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
-from qflax.errors import UserError, choose, closest, require
-from qflax.numerics import CLIP_GRADIENTS, ROUNDING_MODES, SURROGATES, Estimator, IntegerFormat
-from qflax.quantizers.statistics import STATISTICS_KINDS
+from qflax.errors import UserError, choose, closest
+from qflax.quantizers.accumulator_aware import AccumulatorAware, AccumulatorAwareQuantizer
+from qflax.quantizers.base import Quantizer
+from qflax.quantizers.minifloat import Minifloat
+from qflax.quantizers.mixed_precision import MixedPrecision, MixedPrecisionQuantizer
+from qflax.quantizers.scaled import ScaledQuantizer
+from qflax.quantizers.uniform import Uniform
 
-GRANULARITIES = ("per_tensor", "per_channel")
+Spec = Uniform | Minifloat | MixedPrecision | AccumulatorAware
 
-# How the scale comes about, with the clipping gradient and the range statistic that its paper uses.
-SCALES = {
-    "constant": ("after_rounding", "absmax"),
-    "static": ("after_rounding", "mse"),
-    "statistic": ("straight_through", "absmax"),
-    "ema": ("after_rounding", "percentile"),
-    "lsq": ("before_rounding", "mean"),
-    "log2": ("after_rounding", "mse"),
-    "range": ("after_rounding", "percentile"),
-    "pact": ("straight_through", "percentile"),
-    "dorefa": ("straight_through", "absmax"),
+KINDS = {
+    "uniform": Uniform,
+    "minifloat": Minifloat,
+    "mixed_precision": MixedPrecision,
+    "accumulator_aware": AccumulatorAware,
+}
+
+_MODULES = {
+    Uniform: ScaledQuantizer,
+    Minifloat: ScaledQuantizer,
+    MixedPrecision: MixedPrecisionQuantizer,
+    AccumulatorAware: AccumulatorAwareQuantizer,
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform:
-    """Uniform integer quantizer of 1 to 16 bits.
-
-    | scale     | meaning                                                                              |
-    |-----------|--------------------------------------------------------------------------------------|
-    | constant  | `scale_value`, never changed                                                         |
-    | static    | range calibrated by `statistic`, then frozen                                         |
-    | statistic | range recomputed from the weights at every step                                      |
-    | ema       | running average of the batch's range, frozen in evaluation                           |
-    | lsq       | learned scale (Esser et al. 2020); asymmetric: LSQ+ (Bhalgat et al. 2020)            |
-    | log2      | learned log2 of the scale; with `power_of_two` as TQT (Jain et al. 2020) but for a ceil  |
-    | range     | learned end(s) of the range, as in Brevitas                                          |
-    | pact      | learned clipping level, gradient from clipped elements only (Choi et al. 2018)       |
-    | dorefa    | weights through tanh, scaled to [-1, 1] (Zhou et al. 2016), on the odd-symmetric grid |
-
-    Attributes:
-      bits: 1 to 16.
-      scale: see above.
-      signed: None leaves it to the layer: weights are signed, a ReLU's output is not.
-      narrow: leave out the lowest signed code; None is True for weights, False for activations.
-      symmetric: False adds an integer zero point (activations, per tensor).
-      granularity: `per_tensor`, or `per_channel` along the last axis.
-      statistic: how ranges are chosen (`statistics.symmetric_range`); None is the scale's own.
-      percentile: in percent, for `statistic="percentile"`.
-      momentum: weight of the new batch in the running average of `ema`.
-      scale_value: the scale of `constant`.
-      power_of_two: round scales to powers of two, straight-through.
-      rounding, surrogate, strength: see `numerics.Estimator`.
-      clip_gradient: see `numerics.Estimator.clip`; None is the scale's own.
-    """
-
-    bits: int
-    scale: str = "lsq"
-    signed: bool | None = None
-    narrow: bool | None = None
-    symmetric: bool = True
-    granularity: str = "per_tensor"
-    statistic: str | None = None
-    percentile: float = 99.999
-    momentum: float = 0.1
-    scale_value: float | None = None
-    power_of_two: bool = False
-    rounding: str = "half_even"
-    surrogate: str = "identity"
-    strength: float | None = None
-    clip_gradient: str | None = None
-
-    def __post_init__(self):
-        bits = self.bits
-        require(
-            isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 16,
-            f"bits={bits!r}: a uniform quantizer has 1 to 16 bits; for float leave the quantizer out (None)",
-        )
-        choose("scale", self.scale, SCALES)
-        choose("granularity", self.granularity, GRANULARITIES)
-        if self.statistic is not None:
-            choose("statistic", self.statistic, STATISTICS_KINDS)
-        if self.clip_gradient is not None:
-            choose("clip_gradient", self.clip_gradient, CLIP_GRADIENTS)
-        self._check_types()
-        require(0 < self.percentile <= 100, f"percentile={self.percentile!r}: must be in (0, 100]")
-        require(0 < self.momentum <= 1, f"momentum={self.momentum!r}: must be in (0, 1]")
-        require(
-            self.granularity == "per_tensor" or self.scale not in ("constant", "dorefa"),
-            f"granularity='per_channel' with scale={self.scale!r}: that scale is one for all channels",
-        )
-        self._check_scale_value()
-        self._check_asymmetric()
-        choose("rounding", self.rounding, ROUNDING_MODES)
-        choose("surrogate", self.surrogate, SURROGATES)
-
-    def _check_types(self):
-        for name in ("signed", "narrow"):
-            value = getattr(self, name)
-            require(
-                value is None or isinstance(value, bool), f"{name}={value!r}: must be None, True or False"
-            )
-        for name in ("symmetric", "power_of_two"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"{name}={value!r}: must be True or False")
-        for name in ("percentile", "momentum", "strength"):
-            value = getattr(self, name)
-            ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            require(ok or (name == "strength" and value is None), f"{name}={value!r}: must be a number")
-
-    def _check_scale_value(self):
-        value = self.scale_value
-        if self.scale != "constant":
-            require(value is None, f"scale_value={value!r}: only scale='constant' takes a value")
-            return
-        ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
-        require(ok, f"scale_value={value!r}: scale='constant' needs a positive number")
-
-    def _check_asymmetric(self):
-        if self.symmetric:
-            return
-        allowed = ("static", "ema", "lsq", "range")
-        require(
-            self.scale in allowed,
-            f"symmetric=False with scale={self.scale!r}: choices: {', '.join(allowed)}",
-        )
-        require(
-            self.bits > 1 or not self.signed,
-            "symmetric=False with bits=1 and signed=True: the codes -1 and +1 leave no zero point",
-        )
-        require(
-            self.granularity == "per_tensor",
-            "symmetric=False with granularity='per_channel': a zero point is per tensor",
-        )
-        require(
-            self.statistic in (None, "absmax", "percentile", "mse"),
-            f"symmetric=False with statistic={self.statistic!r}: choices: absmax, percentile, mse",
-        )
-
-    @property
-    def estimator(self) -> Estimator:
-        """Gradient rules."""
-        return Estimator(
-            rounding=self.rounding,
-            surrogate=self.surrogate,
-            strength=self.strength,
-            clip=self.clip_gradient or SCALES[self.scale][0],
-        )
-
-    @property
-    def range_statistic(self) -> str:
-        """The range statistic in force."""
-        if self.statistic is None and not self.symmetric and SCALES[self.scale][1] == "mean":
-            return "mse"  # LSQ's mean says nothing about an offset; LSQ+ starts from the error.
-        return self.statistic or SCALES[self.scale][1]
-
-    def number_format(self, *, signed: bool, narrow: bool) -> IntegerFormat:
-        """The integer format; the arguments are the layer's choices where the spec has none."""
-        if not self.symmetric:
-            signed = False  # The zero point covers the sign.
-        signed = signed if self.signed is None else self.signed
-        narrow = narrow if self.narrow is None else self.narrow
-        return IntegerFormat(bits=self.bits, signed=signed, narrow=signed and narrow)
+def quantizer_of(spec: Spec, **attributes) -> Quantizer:
+    """The module that puts arrays on the grid of `spec`; `attributes` as of `Quantizer`."""
+    return _MODULES[type(spec)](spec=spec, **attributes)
 
 
-KINDS = {"uniform": Uniform}
-
-
-def spec_from_dict(fields: Mapping | None, where: str) -> Uniform | None:
+def spec_from_dict(fields: Mapping | None, where: str) -> Spec | None:
     """Makes a spec from a config's mapping `{"kind": "uniform", "bits": 4, ...}`.
 
     Args:
@@ -180,7 +45,8 @@ def spec_from_dict(fields: Mapping | None, where: str) -> Uniform | None:
     """
     if fields is None:
         return None
-    require(isinstance(fields, Mapping), f"{where}={fields!r}: must be None or a mapping of spec fields")
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{where}={fields!r}: must be None or a mapping of spec fields")
     fields = dict(fields)
     kind = fields.pop("kind", "uniform")
     try:
@@ -189,7 +55,10 @@ def spec_from_dict(fields: Mapping | None, where: str) -> Uniform | None:
         for name in fields:
             if name not in names:
                 raise UserError(f"{name}: no such field{closest(name, names)}; choices: {', '.join(names)}")
-        require("bits" in fields, "bits: missing; a quantizer needs its number of bits")
+        for field in dataclasses.fields(KINDS[kind]):
+            needed = field.default is dataclasses.MISSING
+            if needed and field.name not in fields:
+                raise UserError(f"{field.name}: missing; a quantizer of kind {kind!r} needs it")
         return KINDS[kind](**fields)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None

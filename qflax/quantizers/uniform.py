@@ -1,231 +1,143 @@
-"""The uniform integer quantizer as a Linen module."""
+"""Spec of the uniform integer quantizer."""
 
-import math
+import dataclasses
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+from qflax.errors import choose, require
+from qflax.numerics import CLIP_GRADIENTS, ROUNDING_MODES, SURROGATES, Estimator, IntegerFormat
+from qflax.quantizers.checks import (
+    check_flag,
+    check_number,
+    check_range_fields,
+    check_scale_value,
+    check_whole,
+)
+from qflax.quantizers.statistics import STATISTICS_KINDS
 
-from qflax.errors import require
-from qflax.numerics import IntegerFormat, floor_at, power_of_two, quotient, scale_gradient
-from qflax.quantizers.collections import PARAMETERS, STATISTICS
-from qflax.quantizers.quantized_array import QuantizedArray
-from qflax.quantizers.spec import Uniform
-from qflax.quantizers.statistics import asymmetric_range, symmetric_range
+# How the scale comes about, with the clipping gradient and the range statistic that its paper uses.
+SCALES = {
+    "constant": ("after_rounding", "absmax"),
+    "static": ("after_rounding", "mse"),
+    "statistic": ("straight_through", "absmax"),
+    "ema": ("after_rounding", "percentile"),
+    "lsq": ("before_rounding", "mean"),
+    "log2": ("after_rounding", "mse"),
+    "range": ("after_rounding", "percentile"),
+    "pact": ("straight_through", "percentile"),
+    "dorefa": ("straight_through", "absmax"),
+}
 
-SMALLEST_RANGE = 1e-10
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Uniform integer quantizer of 1 to 16 bits.
 
-class UniformQuantizer(nn.Module):
-    """Puts an array on the grid of a `Uniform` spec.
-
-    Variables (float32; [] or, per channel, [channels]):
-
-    | scale       | `quantizer_params`                             |
-    |-------------|------------------------------------------------|
-    | lsq         | `scale`; asymmetric also `x_min`               |
-    | log2        | `log2_scale`                                   |
-    | range, pact | `x_max`; asymmetric range: `width` and `x_min` |
-    | static, ema | -                                              |
-
-    and for all of these in `quantizer_stats` the observed range, `x_max` and if asymmetric `x_min`, and
-    `count`, the number of batches that it comes from.
-
-    They are placeholders until a calibration pass (`calibration.calibrate`) has set them. While
-    calibrating, activations pass through unquantized, so that every range is that of the float network
-    behind quantized weights.
+    | scale     | meaning                                                                              |
+    |-----------|--------------------------------------------------------------------------------------|
+    | constant  | `scale_value`, never changed                                                         |
+    | static    | range calibrated by `statistic`, then frozen                                         |
+    | statistic | range recomputed from the weights at every step                                      |
+    | ema       | running average of the batch's range, frozen in evaluation                           |
+    | lsq       | learned scale (Esser et al. 2020); asymmetric: LSQ+ (Bhalgat et al. 2020)            |
+    | log2      | learned log2 of the scale; with `power_of_two` as TQT (Jain et al. 2020) but for a ceil  |
+    | range     | learned end(s) of the range, as in Brevitas                                          |
+    | pact      | learned clipping level, gradient from clipped elements only (Choi et al. 2018)       |
+    | dorefa    | weights through tanh, scaled to [-1, 1] (Zhou et al. 2016), on the odd-symmetric grid |
 
     Attributes:
-      spec: the quantizer.
-      weights: True for a kernel [..., channels], False for activations [batch, ..., channels].
-      signed: whether the data is signed, where the spec leaves it open.
-      axis_name: mapped axis over which a batch's range is reduced, or None.
+      bits: 1 to 16.
+      scale: see above.
+      signed: None leaves it to the layer: weights are signed, a ReLU's output is not.
+      narrow: leave out the lowest signed code; None is True for weights, False for activations.
+      symmetric: False adds an integer zero point (activations, per tensor).
+      granularity: `per_tensor`, or `per_channel` along the last axis.
+      statistic: how ranges are chosen (`statistics.symmetric_range`); None is the scale's own.
+      percentile: in percent, for `statistic="percentile"`.
+      momentum: weight of the new batch in the running average of `ema`.
+      scale_value: the scale of `constant`.
+      power_of_two: round scales to powers of two, straight-through.
+      rounding, surrogate, strength: see `numerics.Estimator`.
+      clip_gradient: see `numerics.Estimator.clip`; None is the scale's own.
     """
 
-    spec: Uniform
-    weights: bool
-    signed: bool = True
-    axis_name: str | None = None
+    bits: int
+    scale: str = "lsq"
+    signed: bool | None = None
+    narrow: bool | None = None
+    symmetric: bool = True
+    granularity: str = "per_tensor"
+    statistic: str | None = None
+    percentile: float = 99.999
+    momentum: float = 0.1
+    scale_value: float | None = None
+    power_of_two: bool = False
+    rounding: str = "half_even"
+    surrogate: str = "identity"
+    strength: float | None = None
+    clip_gradient: str | None = None
 
-    @property
-    def format(self) -> IntegerFormat:
-        """Number format of the codes."""
-        return self.spec.number_format(signed=self.signed, narrow=self.weights)
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> QuantizedArray:
-        """Quantizes `x` of any floating dtype; the value is float32."""
-        spec, fmt = self.spec, self.format
-        self._check()
-        x = x.astype(jnp.float32)
-        if spec.scale == "dorefa":
-            x = _dorefa_weights(x)
-        scale, zero_point = self._grid(x)
-        if spec.scale == "pact":
-            x = _pact_clip(x, scale * fmt.threshold, fmt.signed)
-            scale = jax.lax.stop_gradient(scale)
-        if self._calibrating and not self.weights:
-            return QuantizedArray(value=x, scale=scale, zero_point=zero_point, format=fmt)
-        stochastic = spec.rounding == "stochastic" and self.has_rng("quantization")
-        key = self.make_rng("quantization") if stochastic else None
-        value = fmt.fake_quant(x, scale, zero_point, estimator=spec.estimator, key=key)
-        return QuantizedArray(value=value, scale=scale, zero_point=zero_point, format=fmt)
-
-    @property
-    def _calibrating(self) -> bool:
-        return self.is_mutable_collection(PARAMETERS) and not self.is_initializing()
-
-    @property
-    def _averaging(self) -> bool:
-        """Whether this is a training pass of a running average."""
-        training = self.is_mutable_collection(STATISTICS) and not self.is_initializing()
-        return self.spec.scale == "ema" and training and not self._calibrating
-
-    def _check(self):
-        where, scale = "/".join(self.path), self.spec.scale
+    def __post_init__(self):
+        what = "a uniform quantizer has 1 to 16 bits; for float leave the quantizer out (None)"
+        check_whole(self, "bits", 1, 16, what)
+        choose("scale", self.scale, SCALES)
+        check_range_fields(self, STATISTICS_KINDS)
+        if self.clip_gradient is not None:
+            choose("clip_gradient", self.clip_gradient, CLIP_GRADIENTS)
+        check_flag(self, "signed", "narrow", or_none=True)
+        check_flag(self, "symmetric", "power_of_two")
+        check_number(self, "momentum")
+        check_number(self, "strength", or_none=True)
+        require(0 < self.momentum <= 1, f"momentum={self.momentum!r}: must be in (0, 1]")
         require(
-            not (self.format.bipolar and self.spec.rounding != "half_even"),
-            f"{where}: rounding={self.spec.rounding!r}: a signed bit has no rounding mode but half_even",
+            self.granularity == "per_tensor" or self.scale not in ("constant", "dorefa"),
+            f"granularity='per_channel' with scale={self.scale!r}: that scale is one for all channels",
         )
-        if self.weights:
-            require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
+        check_scale_value(self)
+        self._check_asymmetric()
+        choose("rounding", self.rounding, ROUNDING_MODES)
+        choose("surrogate", self.surrogate, SURROGATES)
+
+    def _check_asymmetric(self):
+        if self.symmetric:
             return
+        allowed = ("static", "ema", "lsq", "range")
         require(
-            scale not in ("statistic", "dorefa"),
-            f"{where}: scale={scale!r} is for weights; for activations use ema, static or a learned one",
+            self.scale in allowed,
+            f"symmetric=False with scale={self.scale!r}: choices: {', '.join(allowed)}",
         )
-
-    def _grid(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Scale and zero point."""
-        spec, fmt = self.spec, self.format
-        zero = jnp.zeros((), jnp.float32)
-        if spec.scale == "constant":
-            return self._rounded(jnp.float32(spec.scale_value)), zero
-        if spec.scale == "dorefa":
-            return self._rounded(jnp.float32(1 / fmt.threshold)), zero
-        if spec.scale == "statistic":
-            x_max = floor_at(self._range(x), SMALLEST_RANGE)
-            return self._rounded(quotient(x_max, fmt.threshold)), zero
-        # A learned scale needs the observed range to start from and never again.
-        needed = spec.scale in ("static", "ema") or self._calibrating or self.is_initializing()
-        x_min, x_max = self._observed(x) if needed else (0.0, 1.0)
-        if spec.symmetric:
-            return self._rounded(self._symmetric_scale(x, x_max)), zero
-        return self._asymmetric_grid(x, x_min, x_max)
-
-    def _symmetric_scale(self, x: jax.Array, x_max: jax.Array) -> jax.Array:
-        spec, threshold = self.spec, self.format.threshold
-        if spec.scale == "lsq":
-            scale = self._learned("scale", quotient(x_max, threshold))
-            return self._lsq_gradient(floor_at(jnp.abs(scale), SMALLEST_RANGE), x)
-        if spec.scale == "log2":
-            return jnp.exp2(self._learned("log2_scale", jnp.log2(quotient(x_max, threshold))))
-        if spec.scale in ("range", "pact"):
-            x_max = self._learned("x_max", x_max)
-        return quotient(floor_at(jnp.abs(x_max), SMALLEST_RANGE), threshold)
-
-    def _asymmetric_grid(
-        self, x: jax.Array, x_min: jax.Array, x_max: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        spec, fmt = self.spec, self.format
-        steps, width = fmt.num_codes - 1, x_max - x_min
-        if spec.scale == "lsq":
-            scale = self._learned("scale", quotient(width, steps))
-            scale = self._lsq_gradient(floor_at(jnp.abs(scale), SMALLEST_RANGE), x)
-            x_min = self._lsq_gradient(self._learned("x_min", x_min), x)
-        else:
-            if spec.scale == "range":
-                width, x_min = self._learned("width", width), self._learned("x_min", x_min)
-            scale = quotient(floor_at(jnp.abs(width), SMALLEST_RANGE), steps)
-        scale = self._rounded(scale)
-        x_min = jnp.where(x_min > 0, -x_min, x_min)
-        # An integer zero point keeps zero exactly representable, which padding and exports need;
-        # rounding is straight-through and clipping stops the gradient, as for the codes.
-        return scale, fmt.fake_quant(fmt.lowest - x_min / scale, jnp.ones(()))
-
-    def _learned(self, name: str, calibrated: jax.Array) -> jax.Array:
-        """A trained number; a calibration pass sets it."""
-        variable = self.variable(PARAMETERS, name, lambda: calibrated)
-        if self._calibrating:
-            variable.value = jax.lax.stop_gradient(calibrated)
-        return variable.value
-
-    def _observed(self, x: jax.Array) -> tuple[jax.Array | float, jax.Array]:
-        """Lower and upper end of the range that was observed so far; before anything was, 1 is the upper.
-
-        Calibration takes the mean over its batches, of absolute maxima the extremes. A running average
-        copies its first batch, and quantizes each training batch by that batch's own range.
-        """
-        shape = (x.shape[-1],) if self.spec.granularity == "per_channel" else ()
-        start = {"x_max": jnp.ones} if self.spec.symmetric else {"x_min": jnp.zeros, "x_max": jnp.ones}
-        ends = {name: self.variable(STATISTICS, name, init, shape) for name, init in start.items()}
-        count = self.variable(STATISTICS, "count", lambda: jnp.zeros((), jnp.int32))
-        current = {name: end.value for name, end in ends.items()}
-        if self._calibrating or self._averaging:
-            batch = self._batch_range(x)
-            for name, end in ends.items():
-                end.value = self._merged(name, end.value, batch[name], count.value)
-                current[name] = batch[name] if self._averaging else end.value
-            count.value += 1
-        return current.get("x_min", 0.0), current["x_max"]
-
-    def _merged(self, name: str, old: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
-        if self._averaging:
-            merged = old + self.spec.momentum * (new - old)
-        elif self._extremes:
-            merged = jnp.minimum(old, new) if name == "x_min" else jnp.maximum(old, new)
-        else:
-            merged = old + (new - old) / (count + 1)
-        return jnp.where(count == 0, new, merged)
+        require(
+            self.bits > 1 or not self.signed,
+            "symmetric=False with bits=1 and signed=True: the codes -1 and +1 leave no zero point",
+        )
+        require(
+            self.granularity == "per_tensor",
+            "symmetric=False with granularity='per_channel': a zero point is per tensor",
+        )
+        require(
+            self.statistic in (None, "absmax", "percentile", "mse"),
+            f"symmetric=False with statistic={self.statistic!r}: choices: absmax, percentile, mse",
+        )
 
     @property
-    def _extremes(self) -> bool:
-        return self.spec.range_statistic == "absmax"
-
-    def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Ends of one batch's range, on all devices; of data without any extent up to 1."""
-        statistic, percentile = self.spec.range_statistic, self.spec.percentile
-        if self.spec.symmetric:
-            high = jax.lax.stop_gradient(self._range(x))
-            ends = {"x_max": jnp.where(high > 0, high, 1.0)}
-        else:
-            low, high = asymmetric_range(x, statistic, self.format, percentile=percentile)
-            ends = {"x_min": low, "x_max": jnp.where(high > low, high, 1.0)}
-        if self.axis_name is None:
-            return ends
-        if not self._extremes:
-            return jax.lax.pmean(ends, self.axis_name)
-        wider = {"x_min": jax.lax.pmin, "x_max": jax.lax.pmax}
-        return {name: wider[name](value, self.axis_name) for name, value in ends.items()}
-
-    def _range(self, x: jax.Array) -> jax.Array:
-        return symmetric_range(
-            x,
-            self.spec.range_statistic,
-            self.format,
-            per_channel=self.spec.granularity == "per_channel",
-            percentile=self.spec.percentile,
+    def estimator(self) -> Estimator:
+        """Gradient rules."""
+        return Estimator(
+            rounding=self.rounding,
+            surrogate=self.surrogate,
+            strength=self.strength,
+            clip=self.clip_gradient or SCALES[self.scale][0],
         )
 
-    def _lsq_gradient(self, parameter: jax.Array, x: jax.Array) -> jax.Array:
-        """Scales the gradient by 1 / sqrt(elements * highest code), elements of one example or channel."""
-        count = x.size if self.weights else x.size // x.shape[0]
-        count //= max(parameter.size, 1)
-        return scale_gradient(parameter, 1 / math.sqrt(max(count, 1) * self.format.highest))
+    @property
+    def range_statistic(self) -> str:
+        """The range statistic in force."""
+        if self.statistic is None and not self.symmetric and SCALES[self.scale][1] == "mean":
+            return "mse"  # LSQ's mean says nothing about an offset; LSQ+ starts from the error.
+        return self.statistic or SCALES[self.scale][1]
 
-    def _rounded(self, scale: jax.Array) -> jax.Array:
-        return power_of_two(scale) if self.spec.power_of_two else scale
-
-
-def _dorefa_weights(w: jax.Array) -> jax.Array:
-    """tanh(w) / max abs(tanh(w)), in [-1, 1] (Zhou et al. 2016, eq. 9 before quantization)."""
-    squashed = jnp.tanh(w)
-    return squashed / jnp.maximum(jnp.max(jnp.abs(squashed)), SMALLEST_RANGE)
-
-
-def _pact_clip(x: jax.Array, x_max: jax.Array, signed: bool) -> jax.Array:
-    """Clips at the learned level, which gets the clipped elements' gradient (Choi et al. 2018, eq. 3)."""
-    clipped = jnp.where(x >= x_max, x_max, x)
-    if not signed:
-        return jnp.where(clipped < 0, 0.0, clipped)
-    return jnp.where(clipped <= -x_max, -x_max, clipped)
+    def number_format(self, *, signed: bool, narrow: bool) -> IntegerFormat:
+        """The integer format; the arguments are the layer's choices where the spec has none."""
+        if not self.symmetric:
+            signed = False  # The zero point covers the sign.
+        signed = signed if self.signed is None else self.signed
+        narrow = narrow if self.narrow is None else self.narrow
+        return IntegerFormat(bits=self.bits, signed=signed, narrow=signed and narrow)

@@ -10,11 +10,13 @@ import numpy as np
 
 from qflax.data import data_format
 from qflax.data.augment import Augmentation
+from qflax.errors import require
 from qflax.layers import LayerCost, layer_costs
 from qflax.models import build_model
-from qflax.quantizers import Quantization, quantization_from_config
+from qflax.quantizers import STATISTICS, Quantization, quantization_from_config
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
 from qflax.training.parallel import AXIS, Devices
+from qflax.training.penalties import Penalties
 from qflax.training.schedules import relative_learning_rate
 from qflax.training.state import TrainState, create_state, initial_variables
 from qflax.training.step import TrainStep
@@ -52,10 +54,19 @@ def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tupl
     return layer_costs(model(config), variables, example, train=False)
 
 
-def check_rules(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError` for a rule that matches no layer."""
-    costs = measure_costs(config, abstract_state(config).variables)
+def check_quantization(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` for a rule that matches no layer, or for size targets without learned widths."""
+    variables = abstract_state(config).variables
+    costs = measure_costs(config, variables)
     quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)
+    leaves = jax.tree_util.tree_leaves_with_path(variables[STATISTICS])
+    learned = any(path[-1].key == "frozen" for path, _ in leaves)
+    for name, size in config.size_targets.items():
+        require(
+            learned or not size,
+            f"config.size_targets.{name}={size!r}: no width is learned; give weights or activations "
+            "kind='mixed_precision', or set the target to 0",
+        )
 
 
 def hyperparameters(config: ml_collections.ConfigDict) -> Hyperparameters:
@@ -70,6 +81,18 @@ def hyperparameters(config: ml_collections.ConfigDict) -> Hyperparameters:
         "label_smoothing",
     )
     return as_numbers(**{name: config[name] for name in names})
+
+
+def penalties(config: ml_collections.ConfigDict, num_steps: int) -> Penalties:
+    """The penalties of a configuration, for a run of `num_steps`."""
+    return Penalties(
+        targets={name: jnp.float32(size or float("inf")) for name, size in config.size_targets.items()},
+        strengths={name: jnp.float32(strength) for name, strength in config.size_strengths.items()},
+        ramp_steps=jnp.float32(config.size_ramp * num_steps),
+        freeze_step=jnp.float32(config.freeze_widths_after * num_steps),
+        last_step=jnp.float32(num_steps),
+        accumulator_strength=jnp.float32(config.accumulator_strength),
+    )
 
 
 def optimizer_kinds(config: ml_collections.ConfigDict) -> OptimizerKinds:

@@ -13,7 +13,8 @@ from qflax.data import load_training
 from qflax.data.augment import normalize
 from qflax.data.order import epoch_order
 from qflax.errors import require
-from qflax.quantizers import PARAMETERS, STATISTICS, calibrate
+from qflax.layers import sizes
+from qflax.quantizers import PARAMETERS, STATISTICS, widths_frozen
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.checkpoints import FOLDER, Checkpoints
@@ -21,7 +22,8 @@ from qflax.training.logs import Logs, Progress
 from qflax.training.meter import Meter, require_finite
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
-from qflax.training.state import TrainState, initial_variables
+from qflax.training.start import starting_variables
+from qflax.training.state import TrainState
 from qflax.training.stream import Stream
 from qflax.training.table import cost_table, cost_totals
 
@@ -54,7 +56,7 @@ class Trainer:
         """Builds all parts; the workdir is written only when they are known to fit."""
         self.config, self.workdir = config, workdir
         self.devices = Devices(config.num_devices, config.batch_size)
-        build.check_rules(config)
+        build.check_quantization(config)
         self.step = build.train_step(config, self.devices)
         self.train_set, validation = load_training(
             config.dataset,
@@ -67,7 +69,7 @@ class Trainer:
             f"config.batch_size={config.batch_size}: there are {self.num_examples} training images; lower it",
         )
         self.rates = build.learning_rates(config, self.num_examples)
-        self.numbers = build.hyperparameters(config)
+        self.numbers = build.hyperparameters(config), build.penalties(config, len(self.rates))
         self.evaluate = None
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
@@ -98,12 +100,7 @@ class Trainer:
             latest = checkpoints.latest_step()
             if latest is not None:
                 return checkpoints.restore(build.abstract_state(config), latest), latest
-        network = build.model(config)
-        variables = initial_variables(network, self.train_set.images.shape[1:], config.seed)
-        if config.init_from:
-            variables = workdir_lib.start_from(pathlib.Path(config.init_from), variables)
-        variables = calibrate(network, variables, self._calibration_batches(), train=True)
-        return build.state(config, variables), 0
+        return build.state(config, starting_variables(config, self._calibration_batches)), 0
 
     def _calibration_batches(self):
         """Normalised training images, the first of the first epoch, in whole batches."""
@@ -131,7 +128,7 @@ class Trainer:
         state, step, self.state = self.devices.replicate(self.state), self.start, None
         while step < total:
             end = min((step // chunk + 1) * chunk, total)
-            state, metrics = dispatch(state, stream.at(step), self.rates[step:end], self.numbers)
+            state, metrics = dispatch(state, stream.at(step), self.rates[step:end], *self.numbers)
             meter.add(metrics)
             progress.advance(end)
 
@@ -141,9 +138,11 @@ class Trainer:
             evaluating = self.evaluate is not None and due(eval_every)
             saving = evaluating or due(config.checkpoint_every_steps)
             if saving or due(config.log_every_steps):
-                last = meter.read(end, self._last_good)
+                before, last = last, meter.read(end, self._last_good)
                 logs.write(end, last, "train")
                 progress.show(last)
+                if last.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
+                    progress.say(f"the widths are frozen at {last['weight_kib']:.2f} KiB of weights")
             if saving:
                 self._evaluate_and_save(state, end, evaluating, logs, progress)
                 meter.restart()
@@ -158,7 +157,7 @@ class Trainer:
         host = jax.device_get(state)
         require_finite(host.trained, step, self._last_good)
         costs = build.measure_costs(self.config, host.served)
-        logs.write(step, _sizes(costs), "size")
+        logs.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
         logs.write(step, _per_layer(costs, host.variables), "layers")
         self.checkpoints.save(host, step, validation)
 
@@ -189,6 +188,7 @@ class Trainer:
             "images_per_second": steps * config.batch_size / seconds if seconds else None,
             "parameters": workdir_lib.count_parameters(served),
             **cost_totals(costs),
+            **_widths(config, costs, served),
             **self.origin,
         }
         logs.write(steps, test, "test")
@@ -198,21 +198,24 @@ class Trainer:
         return result
 
 
-def _sizes(costs) -> dict[str, float]:
-    totals = cost_totals(costs)
-    return {
-        "weight_kib": totals["weight_bytes"] / 1024,
-        "activation_kib_sum": totals["activation_bytes_sum"] / 1024,
-        "activation_kib_max": totals["activation_bytes_max"] / 1024,
-    }
+def _widths(config, costs, served) -> dict[str, object]:
+    """Whether learned widths are frozen, and within the targets; nothing where there are none."""
+    frozen = widths_frozen(served[STATISTICS])
+    if frozen is None:
+        return {}
+    reached = sizes(costs)
+    missed = [name for name, target in config.size_targets.items() if 0 < target < reached[name]]
+    return {"widths_frozen": bool(frozen), "missed_size_targets": missed}
 
 
 def _per_layer(costs, variables) -> dict[str, float]:
-    """Bits of every layer, and the mean of every learned or observed scale or range."""
+    """Bits of every layer, of its accumulator, and the mean of every learned or observed scale or range."""
     numbers = {}
     for cost in costs:
         if cost.macs:
             numbers[f"{cost.path}/weight_bits"] = float(cost.weight_bits)
+        if cost.accumulation is not None:
+            numbers[f"{cost.path}/accumulator_bits_exact"] = cost.accumulation.exact_bits
         if cost.activations:
             numbers[f"{cost.path}/activation_bits"] = float(cost.activation_bits)
     for collection in (STATISTICS, PARAMETERS):

@@ -10,10 +10,21 @@ import optax
 
 from qflax.data.augment import Augmentation, augment, normalize
 from qflax.data.order import take
-from qflax.quantizers import PARAMETERS, constrain
+from qflax.layers import COST, sizes, sown_costs
+from qflax.quantizers import (
+    CONSTRAINTS,
+    PARAMETERS,
+    PENALTIES,
+    STATISTICS,
+    constrain,
+    freeze_widths,
+    limit_gradients,
+    widths_frozen,
+)
 from qflax.training.losses import LOSSES, smooth
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_optimizer
 from qflax.training.parallel import AXIS
+from qflax.training.penalties import Penalties
 from qflax.training.state import BATCH_STATS, OBSERVED, TrainState
 from qflax.training.stream import TrainingData
 
@@ -53,6 +64,7 @@ class TrainStep:
         data: TrainingData,
         relative_rates: jax.Array,
         numbers: Hyperparameters,
+        penalties: Penalties,
         *,
         unroll: bool,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -64,6 +76,7 @@ class TrainStep:
           data: the training set.
           relative_rates: [steps], from the schedule.
           numbers: of the optimizer.
+          penalties: beside the loss of the task.
           unroll: write the steps out instead of looping: in a loop (even one of a single round, such as
             a scan that is unrolled) XLA's CPU backend computes a convolution's weight gradient tens of
             times slower.
@@ -73,7 +86,7 @@ class TrainStep:
         """
 
         def body(state, rate):
-            return self(state, index, data, rate, numbers)
+            return self(state, index, data, rate, numbers, penalties)
 
         if not unroll:
             return jax.lax.scan(body, state, relative_rates)
@@ -90,6 +103,7 @@ class TrainStep:
         data: TrainingData,
         relative_rate: jax.Array,
         numbers: Hyperparameters,
+        penalties: Penalties,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Makes one step; arguments and results as of `many`, for one step."""
         key = jax.random.key(data.seed)
@@ -98,25 +112,43 @@ class TrainStep:
         # The same on all devices, so that stochastically rounded weights are the same on all.
         rngs = {"quantization": jax.random.fold_in(jax.random.fold_in(key, 1), state.step)}
 
-        def loss_of(trained):
-            logits, observed = self.model.apply(
-                {**trained, **state.observed}, images, train=True, mutable=list(OBSERVED), rngs=rngs
-            )
-            return jnp.mean(LOSSES[self.loss](logits, labels)), (logits, observed)
+        learns_widths = widths_frozen(state.observed[STATISTICS]) is not None
+        reported = [CONSTRAINTS, PENALTIES, *([COST] if learns_widths else [])]
 
-        (loss, (logits, observed)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+        def loss_of(trained):
+            logits, new = self.model.apply(
+                {**trained, **state.observed}, images, train=True, mutable=[*OBSERVED, *reported], rngs=rngs
+            )
+            task, extra = jnp.mean(LOSSES[self.loss](logits, labels)), {}
+            if learns_widths:
+                extra = sizes(sown_costs(new))
+                extra["size_penalty"] = penalties.of_sizes(extra, state.step)
+            if new.get(PENALTIES):
+                total = sum(jax.tree.leaves(new[PENALTIES]))
+                extra["accumulator_penalty"] = penalties.accumulator_strength * total
+            penalty = sum(value for name, value in extra.items() if name.endswith("_penalty"))
+            return task + penalty, (task, logits, new, extra)
+
+        results, gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+        _, (loss, logits, new, extra) = results
         gradients = jax.lax.pmean(gradients, AXIS)
+        gradients[PARAMETERS] = limit_gradients(gradients[PARAMETERS], state.trained[PARAMETERS], new)
         metrics = {
             "loss": loss,
             "accuracy": jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(labels, -1), dtype=jnp.float32),
         }
         metrics = {
             **jax.lax.pmean(metrics, AXIS),
+            **extra,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": relative_rate * numbers.learning_rate,
         }
-        observed = {name: observed.get(name, {}) for name in OBSERVED}
-        return self._update(state, gradients, observed, relative_rate, numbers), metrics
+        observed = {name: new.get(name, {}) for name in OBSERVED}
+        if learns_widths:
+            frozen = penalties.freeze(extra, state.step)
+            observed[STATISTICS] = freeze_widths(observed[STATISTICS], frozen)
+            metrics["widths_frozen"] = widths_frozen(observed[STATISTICS]).astype(jnp.float32)
+        return self._update(state, gradients, observed, new, relative_rate, numbers), metrics
 
     def _batch(self, key, step, index, data):
         """This device's share of the batch: float32 images and label distributions."""
@@ -146,13 +178,14 @@ class TrainStep:
         state: TrainState,
         gradients: Mapping,
         observed: dict,
+        reported: Mapping,
         relative_rate: jax.Array,
         numbers: Hyperparameters,
     ) -> TrainState:
         optimizer = build_optimizer(self.optimizer, numbers, relative_rate)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        trained = {**trained, PARAMETERS: constrain(trained[PARAMETERS])}
+        trained = {**trained, PARAMETERS: constrain(trained[PARAMETERS], reported)}
         average = state.average
         if average:
             current = {**trained, BATCH_STATS: observed[BATCH_STATS]}

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
-from qflax.layers import LayerCost
+from qflax.layers import Accumulation, LayerCost
 
 
 def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
     """Sums over the layers: bytes, operations; the maximum of the activations too.
 
     Weight bytes cover kernels at their bits and biases at 32; norm parameters are not counted, as they
-    are folded into scales when deployed. Activation bytes are those of one example.
+    are folded into scales when deployed. Activation bytes are those of one example. Accumulator bits are
+    what the widest layer of integers needs, exactly.
     """
+    accumulators = [cost.accumulation.exact_bits for cost in costs if cost.accumulation is not None]
     return {
         "quantized_parameters": sum(cost.weights + cost.biases for cost in costs),
         "weight_bytes": float(sum(cost.weight_bytes for cost in costs)),
@@ -19,6 +21,7 @@ def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
         "activation_bytes_max": float(max((cost.activation_bytes for cost in costs), default=0)),
         "macs": sum(cost.macs for cost in costs),
         "bit_operations": float(sum(float(cost.bit_operations) for cost in costs)),
+        **({"accumulator_bits": max(accumulators)} if accumulators else {}),
     }
 
 
@@ -35,6 +38,9 @@ def cost_table(costs: Sequence[LayerCost]) -> str:
         "activations",
         "bits",
         "KiB",
+        "accumulator bits: type",
+        "norm",
+        "exact",
     )
     rows = [_row(cost) for cost in costs if cost.macs or cost.activations]
     totals = cost_totals(costs)
@@ -50,6 +56,9 @@ def cost_table(costs: Sequence[LayerCost]) -> str:
             f"{totals['activation_elements']:,}",
             "",
             f"{totals['activation_bytes_sum'] / 1024:.2f}",
+            "",
+            "",
+            f"{totals.get('accumulator_bits', '')}",
         )
     )
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -60,6 +69,7 @@ def cost_table(costs: Sequence[LayerCost]) -> str:
 
 
 def _row(cost: LayerCost) -> tuple[str, ...]:
+    bounds = cost.accumulation
     computes, stores = cost.macs > 0, cost.activations > 0
     return (
         cost.path,
@@ -72,11 +82,16 @@ def _row(cost: LayerCost) -> tuple[str, ...]:
         f"{cost.activations:,}" if stores else "",
         _bits(cost.activation_bits) if stores else "",
         f"{float(cost.activation_bytes) / 1024:.2f}" if stores else "",
+        *(("", "", "") if bounds is None else (f"{bits}" for bits in _accumulator_bits(bounds))),
     )
 
 
 def _bits(bits) -> str:
-    return "float" if int(bits) == 32 else f"{int(bits)}"
+    return "float" if bits == 32 else f"{bits:.2f}".removesuffix(".00")
+
+
+def _accumulator_bits(bounds: Accumulation) -> tuple[int, int, int]:
+    return bounds.data_type_bits, bounds.norm_bits, bounds.exact_bits
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qflax.layers import Conv
-from qflax.quantizers import Quantization, QuantizedArray, Rule, Uniform, UniformQuantizer
+from qflax.quantizers import Quantization, QuantizedArray, Rule, Uniform, quantizer_of
 
 X = np.random.default_rng(0).normal(size=(2, 7, 7, 4)).astype(np.float32)
 
@@ -39,7 +39,7 @@ def test_quantized_layer_convolves_with_the_quantized_kernel(granularity):
     spec = Uniform(bits=3, scale="statistic", granularity=granularity)
     layer = Conv(8, (3, 3), strides=2, quantization=Quantization(weights=spec))
     variables = layer.init(jax.random.key(0), X)
-    kernel = UniformQuantizer(spec=spec, weights=True).apply({}, variables["params"]["kernel"])
+    kernel = quantizer_of(spec, weights=True).apply({}, variables["params"]["kernel"])
     assert kernel.scale.shape == (() if granularity == "per_tensor" else (8,))
     assert (
         len(np.unique(np.asarray(kernel.value / kernel.scale).round())) == 7
@@ -55,7 +55,7 @@ def test_bfloat16_convolves_what_float32_quantization_gave():
     quantization = Quantization(weights=spec)
     variables = Conv(8, (3, 3), quantization=quantization).init(jax.random.key(0), X)
     y = Conv(8, (3, 3), dtype=jnp.bfloat16, quantization=quantization).apply(variables, X)
-    kernel = UniformQuantizer(spec=spec, weights=True).apply({}, variables["params"]["kernel"]).value
+    kernel = quantizer_of(spec, weights=True).apply({}, variables["params"]["kernel"]).value
     expected = nn.Conv(8, (3, 3), dtype=jnp.bfloat16).apply(
         {"params": {**variables["params"], "kernel": kernel}}, X
     )
@@ -66,9 +66,7 @@ def test_bfloat16_convolves_what_float32_quantization_gave():
 def test_quantized_input_is_used_by_its_values():
     layer = Conv(8, (3, 3))
     variables = layer.init(jax.random.key(0), X)
-    quantized = UniformQuantizer(
-        spec=Uniform(bits=8, scale="constant", scale_value=0.1), weights=False
-    ).apply({}, X)
+    quantized = quantizer_of(Uniform(bits=8, scale="constant", scale_value=0.1), weights=False).apply({}, X)
     assert isinstance(quantized, QuantizedArray)
     np.testing.assert_array_equal(layer.apply(variables, quantized), layer.apply(variables, quantized.value))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qflax.layers import Dense
-from qflax.quantizers import Quantization, Uniform, UniformQuantizer
+from qflax.quantizers import Quantization, Uniform, quantizer_of
 
 X = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
 
@@ -29,6 +29,6 @@ def test_quantized_layer_multiplies_by_the_quantized_kernel(granularity):
     spec = Uniform(bits=4, scale="statistic", granularity=granularity)
     layer = Dense(7, quantization=Quantization(weights=spec))
     variables = layer.init(jax.random.key(0), X)
-    kernel = UniformQuantizer(spec=spec, weights=True).apply({}, variables["params"]["kernel"])
+    kernel = quantizer_of(spec, weights=True).apply({}, variables["params"]["kernel"])
     assert kernel.scale.shape == (() if granularity == "per_tensor" else (7,))
     np.testing.assert_allclose(layer.apply(variables, X), X @ np.asarray(kernel.value), rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from qflax.layers import AveragePool
-from qflax.quantizers import Quantization, QuantizedArray, Rule, Uniform, UniformQuantizer
+from qflax.quantizers import Quantization, QuantizedArray, Rule, Uniform, quantizer_of
 
 X = np.abs(np.random.default_rng(0).normal(size=(2, 4, 6, 3))).astype(np.float32)
 SPEC = Uniform(bits=8, scale="constant", scale_value=1 / 64)
@@ -16,7 +16,7 @@ def test_pool_is_the_mean_over_height_and_width_and_float_by_default():
 
 
 def test_quantized_input_is_used_by_its_values():
-    q = UniformQuantizer(spec=SPEC, weights=False).apply({}, X)
+    q = quantizer_of(SPEC, weights=False).apply({}, X)
     np.testing.assert_array_equal(AveragePool().apply({}, q), AveragePool().apply({}, q.value))
 
 

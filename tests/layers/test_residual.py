@@ -12,8 +12,9 @@ from qflax.quantizers import (
     QuantizedArray,
     Rule,
     Uniform,
-    UniformQuantizer,
+    quantizer_of,
 )
+from qflax.quantizers.collections import CALIBRATION
 
 RNG = np.random.default_rng(0)
 A, B = (RNG.normal(size=(2, 4, 4, 3)).astype(np.float32) for _ in range(2))
@@ -26,7 +27,7 @@ def test_float_addition_even_with_a_default_for_activations():
 
 
 def test_quantized_operands_are_added_by_their_values():
-    q = UniformQuantizer(spec=Uniform(bits=4, scale="constant", scale_value=0.3), weights=False).apply({}, A)
+    q = quantizer_of(Uniform(bits=4, scale="constant", scale_value=0.3), weights=False).apply({}, A)
     y = Add().apply({}, q, B)
     assert not isinstance(y, QuantizedArray)
     np.testing.assert_array_equal(y, q.value + B)
@@ -45,7 +46,7 @@ def test_calibration_sees_both_branches():
     spec = Uniform(bits=4, scale="range", statistic="absmax")
     layer = Add(quantization=Quantization(activations=spec, rules=EVERYWHERE))
     variables = layer.init(jax.random.key(0), A, 3 * B)
-    _, state = layer.apply(variables, A, 3 * B, mutable=[PARAMETERS, STATISTICS])
+    _, state = layer.apply(variables, A, 3 * B, mutable=[PARAMETERS, STATISTICS, CALIBRATION["activations"]])
     expected = max(np.max(np.abs(A)), np.max(np.abs(3 * B)))
     assert state[PARAMETERS]["activations"]["x_max"] == expected
 

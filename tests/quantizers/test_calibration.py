@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qflax.layers import Activation, Conv
-from qflax.quantizers import PARAMETERS, STATISTICS, Quantization, Uniform, UniformQuantizer, calibrate
+from qflax.quantizers import PARAMETERS, STATISTICS, Quantization, Uniform, calibrate, quantizer_of
 
 RNG = np.random.default_rng(0)
 BATCHES = [
@@ -17,7 +17,7 @@ BATCHES = [
 
 
 def quantizer(**fields):
-    return UniformQuantizer(spec=Uniform(**{"bits": 8, **fields}), weights=False)
+    return quantizer_of(Uniform(**{"bits": 8, **fields}), weights=False)
 
 
 def ranges(model, batches=BATCHES):

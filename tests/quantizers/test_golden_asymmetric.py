@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from qflax.numerics import IntegerFormat
-from qflax.quantizers import Uniform, UniformQuantizer
+from qflax.quantizers import Uniform, quantizer_of
 from qflax.quantizers.statistics import asymmetric_range
 
 
 def quantizer(case, **fields):
-    return UniformQuantizer(spec=Uniform(bits=int(case["bits"]), symmetric=False, **fields), weights=False)
+    return quantizer_of(Uniform(bits=int(case["bits"]), symmetric=False, **fields), weights=False)
 
 
 def codes_of(q):

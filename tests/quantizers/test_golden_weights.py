@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qflax.quantizers import Uniform, UniformQuantizer
+from qflax.quantizers import Uniform, quantizer_of
 
 BITS = {"conv": (2, 3, 4, 5, 6, 8), "dense": (4, 8)}
 CASES = [
@@ -25,7 +25,7 @@ def quantizer(case):
         narrow=bool(case["narrow"]),
         granularity="per_channel" if case["per_channel"] else "per_tensor",
     )
-    return UniformQuantizer(spec=spec, weights=True)
+    return quantizer_of(spec, weights=True)
 
 
 def check_forward(case, x, transform):

@@ -6,7 +6,7 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.quantizers import Uniform, spec_from_dict
-from qflax.quantizers.spec import SCALES
+from qflax.quantizers.uniform import SCALES
 
 
 def message_of(function, *args, **fields):

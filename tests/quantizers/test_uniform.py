@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
-from qflax.quantizers import PARAMETERS, STATISTICS, Uniform, UniformQuantizer, calibrate
+from qflax.quantizers import PARAMETERS, STATISTICS, Uniform, calibrate, quantizer_of
+from qflax.quantizers.collections import CALIBRATION
 
 RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(16, 3, 8)) * np.linspace(0.5, 2, 8)).astype(np.float32)
@@ -28,7 +29,7 @@ def make(scale, weights=False, signed=True, axis_name=None, **fields):
     if scale == "constant":
         fields.setdefault("scale_value", 0.5)
     spec = Uniform(**{"bits": 4, "scale": scale, **fields})
-    return UniformQuantizer(spec=spec, weights=weights, signed=signed, axis_name=axis_name)
+    return quantizer_of(spec, weights=weights, signed=signed, axis_name=axis_name)
 
 
 def calibrated(model, *batches):
@@ -292,5 +293,5 @@ def test_activations_pass_unquantized_while_calibrating_and_weights_do_not():
     for weights in (False, True):
         model = make("lsq", weights=weights, statistic="absmax")
         state = model.init(jax.random.key(0), X)
-        q, _ = model.apply(state, X, mutable=[PARAMETERS, STATISTICS])
+        q, _ = model.apply(state, X, mutable=[PARAMETERS, STATISTICS, *CALIBRATION.values()])
         assert np.array_equal(q.value, X) == (not weights)

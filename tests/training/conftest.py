@@ -19,6 +19,10 @@ def tiny_config():
 
 def _tiny_config():
     config = importlib.import_module("configs.quickstart").get_config()
+    default = importlib.import_module("configs.default")
+    config.weights = default.uniform(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
+    config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
+    config.size_targets = default.get_config().size_targets
     config.batch_size = 32
     config.num_train_steps = 12
     config.warmup_epochs = 0.05

@@ -61,6 +61,10 @@ def finished(whole, tiny_config):
 def varied(config):
     config.ema_decay = 0.9
     config.weights.rounding = "stochastic"
+    # Widths that change, and freeze before the run is interrupted.
+    config.activations = dict(kind="mixed_precision", bits=6)
+    config.size_targets.activation_kib_sum = 48.0
+    config.quantizer_learning_rate = 0.1
     return config
 
 
@@ -70,6 +74,8 @@ def test_a_run_leaves_a_complete_workdir(finished):
     assert result == json.loads((workdir / "result.json").read_text())
     assert result["steps"] == 12 and 0 <= result["test_accuracy"] <= 1
     assert result["parameters"] == 75_290 and result["weight_bytes"] == 74_800 * 4 / 8 + 10 * 4
+    assert result["widths_frozen"] and not result["missed_size_targets"]
+    assert result["activation_bytes_sum"] <= 48 * 1024 < 6 / 8 * result["activation_elements"]
     assert list((workdir / "tensorboard").glob("events.*"))
     assert "conv_init" in (workdir / "layers.txt").read_text()
     lines = log_lines(workdir)
@@ -122,6 +128,7 @@ def test_starting_from_another_run_takes_its_averaged_weights(finished, tmp_path
     config.learning_rate = 0.0
     config.warmup_epochs = 0.0
     config.activations = None
+    config.size_targets.activation_kib_sum = 0.0
     train(config, tmp_path / "second")
     first, second = load_workdir(whole)[1], load_workdir(tmp_path / "second")[1]
     assert_same_state(first.served["params"], second.trained["params"])

@@ -35,7 +35,8 @@ def run(config, dataset, num_devices, chunks, unroll=True):
     stream, at, losses = Stream(dataset, 3, config.batch_size, devices), 0, []
     for count in chunks:
         rates = np.full(count, 0.5, np.float32)
-        state, metrics = dispatch(state, stream.at(at), rates, build.hyperparameters(config))
+        numbers = build.hyperparameters(config), build.penalties(config, sum(chunks))
+        state, metrics = dispatch(state, stream.at(at), rates, *numbers)
         at += count
         losses.append(np.asarray(metrics["loss"]))
     return jax.device_get(state), np.concatenate(losses)

@@ -1,0 +1,25 @@
+"""ResNet-20 for a 16-bit accumulator (A2Q+): 4-bit weights and activations, 8-bit stem and classifier.
+
+python train.py --config=configs/resnet20_a2q_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
+
+`--config.weights.accumulator_bits=12` is another accumulator, `--config.weights.variant=a2q` the first version
+of the method. The stem's input is float, so that its accumulator is not bounded.
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default.get_config()
+    config.weights = default.accumulator_aware(bits=4, accumulator_bits=16)
+    config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
+    eight = dict(kind="uniform", bits=8, granularity="per_channel", statistic="mse")
+    config.rules = (
+        dict(layers="conv_init", weights=eight),
+        dict(layers="pool/output", activations=dict(bits=8)),
+        dict(layers="classifier", weights=eight),
+    )
+    config.learning_rate = 0.01
+    config.quantizer_learning_rate = 0.01
+    return config

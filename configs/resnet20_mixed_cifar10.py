@@ -1,0 +1,21 @@
+"""ResNet-20 with learned bit widths, fine-tuned from the float one: weights of 70 KiB, activations of at most
+8 KiB.
+
+python train.py --config=configs/resnet20_mixed_cifar10.py
+python train.py --config=configs/resnet20_mixed_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default.get_config()
+    config.weights = default.mixed_precision(bits=4)
+    config.activations = default.mixed_precision(bits=6)
+    config.size_targets.weight_kib = 70.0
+    config.size_targets.activation_kib_max = 8.0
+    config.size_ramp = 0.25
+    config.learning_rate = 0.01
+    config.quantizer_learning_rate = 0.01
+    return config

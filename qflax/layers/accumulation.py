@@ -1,0 +1,88 @@
+"""What a layer's accumulator must hold."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qflax.numerics import (
+    IntegerFormat,
+    LearnedInteger,
+    accumulator_extremes,
+    code_sums,
+    data_type_width,
+    norm_width,
+    width_of_extremes,
+)
+from qflax.quantizers import QuantizedArray
+
+
+@flax.struct.dataclass
+class Accumulation:
+    """Integer weights and inputs of a layer, as far as bounds on its accumulator depend on them.
+
+    Attributes:
+      depth: products in a sum.
+      input_signed: whether the inputs, less their zero point, are of a signed format.
+      positive, negative: sums of the positive and of the absolute negative integer weights, uint32
+        [features].
+      weight_bits: of the widest channel.
+      input_bits: of the inputs.
+      x_min, x_max: range of the integer inputs, less their zero point.
+    """
+
+    depth: int = flax.struct.field(pytree_node=False)
+    input_signed: bool = flax.struct.field(pytree_node=False)
+    positive: jax.Array
+    negative: jax.Array
+    weight_bits: jax.Array | int
+    input_bits: jax.Array | int
+    x_min: jax.Array | int
+    x_max: jax.Array | int
+
+    @property
+    def data_type_bits(self) -> int:
+        """Accumulator width that any weights of this type need."""
+        return data_type_width(self.depth, int(self.weight_bits), int(self.input_bits), self.input_signed)
+
+    @property
+    def norm_bits(self) -> int:
+        """Width that weights of this L1 norm need; the layer's largest."""
+        norms = np.asarray(self.positive, np.int64) + np.asarray(self.negative, np.int64)
+        return norm_width(int(norms.max()), int(self.input_bits), self.input_signed)
+
+    @property
+    def exact_bits(self) -> int:
+        """Width that these weights need: an input attains the extreme; the layer's largest."""
+        sums = zip(np.asarray(self.positive), np.asarray(self.negative), strict=True)
+        x_min, x_max = int(self.x_min), int(self.x_max)
+        extremes = [accumulator_extremes(int(p), int(n), x_min, x_max) for p, n in sums]
+        return max(width_of_extremes(low, high) for low, high in extremes)
+
+
+def accumulation(
+    kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray
+) -> Accumulation | None:
+    """The bounds' ingredients, or None where the sums are not sums of integers.
+
+    That is where an operand is no integer format, or where a scale differs within a sum: of inputs per
+    channel.
+    """
+    integers = IntegerFormat | LearnedInteger
+    for operand in (kernel, inputs):
+        if not (isinstance(operand, QuantizedArray) and isinstance(operand.format, integers)):
+            return None
+    if inputs.scale.ndim > 0:
+        return None
+    positive, negative = code_sums(jnp.round(kernel.value / kernel.scale))
+    fmt = inputs.format
+    return Accumulation(
+        depth=kernel.value.size // kernel.value.shape[-1],
+        input_signed=fmt.signed,
+        positive=positive,
+        negative=negative,
+        weight_bits=jnp.max(jnp.asarray(kernel.format.bits)),
+        input_bits=fmt.bits,
+        x_min=jnp.minimum(fmt.lowest - inputs.zero_point, 0),
+        x_max=jnp.maximum(fmt.highest - inputs.zero_point, 0),
+    )

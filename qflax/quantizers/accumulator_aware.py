@@ -1,0 +1,172 @@
+"""Accumulator-aware weights, A2Q and A2Q+: sums of products that never overflow.
+
+Colbert et al. 2023, "A2Q: Accumulator-Aware Quantization with Guaranteed Overflow Avoidance";
+Colbert et al. 2024, "A2Q+: Improving Accumulator-Aware Weight Quantization".
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qflax.errors import UserError, choose, require
+from qflax.numerics import (
+    AccumulatorBudget,
+    IntegerFormat,
+    LearnedInteger,
+    accumulator_aware_codes,
+    project_onto_l1_ball,
+)
+from qflax.quantizers.base import Quantizer
+from qflax.quantizers.checks import check_flag, check_whole
+from qflax.quantizers.collections import BUDGETS, PARAMETERS, PENALTIES, STATISTICS
+from qflax.quantizers.constraints import ANY_LOG2, Box
+from qflax.quantizers.quantized_array import QuantizedArray
+
+VARIANTS = ("a2q", "a2q+")
+
+_SMALLEST_SCALE = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AccumulatorAware:
+    """Weight quantizer whose integer weights keep every sum of products within an accumulator.
+
+    The scale s = 2^d and the norm g = 2^t of each output channel are learned (A2Q, section 4.2). The
+    layer's input must be quantized to integers: its width and sign are part of the bound.
+
+    Attributes:
+      bits: of the weights, 2 to 16; signed and narrow.
+      accumulator_bits: P, 2 to 32; in the variables, so that changing it there compiles nothing (see
+        `set_accumulator_bits`).
+      variant: `a2q`, or `a2q+`, which centres each channel and may spend about twice the norm.
+      tied: one scale, as in the papers; False keeps another one in g / s and the penalty (Brevitas).
+      ep_init: project the float weights onto the budget before training (A2Q+, section 3.3).
+    """
+
+    bits: int
+    accumulator_bits: int
+    variant: str = "a2q+"
+    tied: bool = True
+    ep_init: bool = True
+
+    def __post_init__(self):
+        check_whole(self, "bits", 2, 16, "accumulator-aware weights have 2 to 16 bits")
+        check_whole(self, "accumulator_bits", 2, 32, "an accumulator has 2 to 32 bits")
+        choose("variant", self.variant, VARIANTS)
+        check_flag(self, "tied", "ep_init")
+
+
+class AccumulatorAwareQuantizer(Quantizer):
+    """Puts a kernel [..., channels] on the grid of an `AccumulatorAware` spec.
+
+    Variables: in `quantizer_params` `log2_scale` and `log2_norm`, float32 [channels], and if untied
+    `log2_norm_scale`; in `quantizer_stats` `accumulator_bits`, int32 [].
+
+    Reports the penalty sum(relu(g - T s)), which keeps g where it has an effect (A2Q, section 4.2; in the
+    linear domain, as in the authors' code).
+    """
+
+    @property
+    def format(self) -> IntegerFormat:
+        """Number format of the codes."""
+        return IntegerFormat(bits=self.spec.bits, signed=True, narrow=True)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: jax.Array | QuantizedArray | None = None) -> QuantizedArray:
+        """Quantizes a kernel that will be multiplied with `inputs`; the value is float32.
+
+        Raises:
+          UserError: `inputs` are not integers with one scale; this is a quantizer of activations.
+        """
+        fmt, x = self.format, x.astype(jnp.float32)
+        axes = tuple(range(x.ndim - 1))
+        budget = self._budget(inputs)
+        largest = jnp.maximum(jnp.max(jnp.abs(x), axes) / fmt.highest, _SMALLEST_SCALE)
+        norm = jnp.maximum(jnp.sum(jnp.abs(x), axes), _SMALLEST_SCALE)
+        log2_scale = self._learned("log2_scale", jnp.log2(largest))
+        log2_norm = self._learned("log2_norm", jnp.log2(norm))
+        names, log2_norm_scale = ["log2_norm", "log2_scale"], log2_scale
+        if not self.spec.tied:
+            names.append("log2_norm_scale")
+            log2_norm_scale = self._learned("log2_norm_scale", jnp.log2(largest))
+        self._constrain(Box(tuple((name, *ANY_LOG2) for name in sorted(names))))
+        scale, norm_scale = (
+            jnp.maximum(jnp.exp2(value), _SMALLEST_SCALE) for value in (log2_scale, log2_norm_scale)
+        )
+        norm = jnp.exp2(log2_norm)
+        allowed = budget.norm * norm_scale
+        self._report(PENALTIES, "accumulator", jnp.sum(jax.nn.relu(norm - allowed)))
+        if self.spec.ep_init:
+            self._report(BUDGETS, "norm", allowed)
+        codes = accumulator_aware_codes(x, norm_scale, norm, budget, fmt)
+        return QuantizedArray(value=codes * scale, scale=scale, zero_point=jnp.zeros(()), format=fmt)
+
+    def _budget(self, inputs: jax.Array | QuantizedArray | None) -> AccumulatorBudget:
+        spec, where = self.spec, "/".join(self.path[:-1])
+        require(self.weights, f"{where}: kind='accumulator_aware' is for weights, not activations")
+        problem = None
+        if not isinstance(inputs, QuantizedArray):
+            problem = "float"
+        elif not isinstance(inputs.format, IntegerFormat | LearnedInteger):
+            problem = "a minifloat"
+        elif inputs.scale.ndim > 0:
+            problem = "scaled per channel"
+        if problem:
+            raise UserError(
+                f"{where}: accumulator_bits={spec.accumulator_bits} needs an input of integers with one "
+                f"scale, and it is {problem}; quantize the layer before it, such as "
+                f'{{"layers": "input", "activations": {{"kind": "uniform", "bits": 8}}}} in the rules for '
+                f"the first one, or give {where!r} another kind of weights"
+            )
+        width = self.variable(STATISTICS, "accumulator_bits", lambda: jnp.int32(spec.accumulator_bits))
+        zero_centered, fmt = spec.variant == "a2q+", inputs.format
+        bits = jnp.asarray(jax.lax.stop_gradient(jnp.max(jnp.asarray(fmt.bits))), jnp.int32)
+        # -1 and +1 are two apart, as far as the codes of two bits.
+        bipolar = isinstance(fmt, IntegerFormat) and fmt.bipolar
+        return AccumulatorBudget(
+            accumulator_bits=width.value,
+            input_bits=bits + (bipolar and zero_centered),
+            input_signed=fmt.signed,
+            zero_centered=zero_centered,
+        )
+
+
+def set_accumulator_bits(quantizer_stats: Mapping, bits: int) -> dict:
+    """Statistics in which every accumulator has `bits`."""
+
+    def change(path, value):
+        return jnp.full_like(value, bits) if path[-1].key == "accumulator_bits" else value
+
+    return jax.tree_util.tree_map_with_path(change, quantizer_stats)
+
+
+def project_weights(variables: Mapping, budgets: Mapping) -> dict:
+    """EP-init: each channel's float weights projected onto the L1 ball that its accumulator allows.
+
+    The Euclidean projection is the nearest kernel that truncation will not shrink further (Colbert et al.
+    2024, section 3.3). Then norms are at most those of the balls; scales stay.
+
+    Args:
+      variables: of the model, calibrated.
+      budgets: the collection `BUDGETS` that a forward pass reported.
+
+    Returns:
+      The variables with new kernels and norms.
+    """
+
+    def walk(budgets, weights, quantizers):
+        if "weights" in budgets:
+            radius, own = budgets["weights"]["norm"], quantizers["weights"]
+            weights = {**weights, "kernel": project_onto_l1_ball(weights["kernel"], radius)}
+            log2_norm = jnp.minimum(own["log2_norm"], jnp.log2(radius))
+            return weights, {**quantizers, "weights": {**own, "log2_norm": log2_norm}}
+        weights, quantizers = dict(weights), dict(quantizers)
+        for name in budgets:
+            weights[name], quantizers[name] = walk(budgets[name], weights[name], quantizers[name])
+        return weights, quantizers
+
+    weights, quantizers = jax.jit(walk)(budgets, variables["params"], variables[PARAMETERS])
+    return {**variables, "params": weights, PARAMETERS: quantizers}

@@ -1,0 +1,124 @@
+"""What all quantizers share: calibration, learned numbers, observed ranges."""
+
+import typing
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qflax.quantizers.collections import CALIBRATION, CONSTRAINTS, PARAMETERS, STATISTICS
+from qflax.quantizers.statistics import asymmetric_range, symmetric_range
+
+
+class Quantizer(nn.Module):
+    """Puts an array on a grid that a spec describes.
+
+    Learned numbers and observed ranges are placeholders until a calibration pass (`calibration.calibrate`)
+    has set them. In it activations pass through unquantized, so that every range is that of the float
+    network behind quantized weights.
+
+    Attributes:
+      spec: describes the quantizer.
+      weights: True for a kernel [..., channels], False for activations [batch, ..., channels].
+      signed: whether the data is signed, where the spec leaves it open.
+      axis_name: mapped axis over which a batch's range is reduced, or None.
+    """
+
+    spec: typing.Any
+    weights: bool
+    signed: bool = True
+    axis_name: str | None = None
+
+    @property
+    def _calibrating(self) -> bool:
+        role = "weights" if self.weights else "activations"
+        return self.is_mutable_collection(CALIBRATION[role]) and not self.is_initializing()
+
+    @property
+    def _training(self) -> bool:
+        """Whether statistics are to follow the data of this pass."""
+        mutable = self.is_mutable_collection(STATISTICS) and not self.is_initializing()
+        return mutable and not any(self.is_mutable_collection(name) for name in CALIBRATION.values())
+
+    @property
+    def _averaging(self) -> bool:
+        """Whether this pass moves a running average."""
+        return False
+
+    @property
+    def _symmetric(self) -> bool:
+        """Whether a range is one number, its end on both sides."""
+        return True
+
+    def _learned(self, name: str, calibrated: jax.Array) -> jax.Array:
+        """A trained number; a calibration pass sets it."""
+        variable = self.variable(PARAMETERS, name, lambda: calibrated)
+        if self._calibrating:
+            variable.value = jax.lax.stop_gradient(calibrated)
+        return variable.value
+
+    def _report(self, collection: str, name: str, value: typing.Any) -> None:
+        """Reports `value` where `collection` is mutable, but not among initial variables."""
+        if not self.is_initializing():
+            self.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+    def _constrain(self, constraint: typing.Any) -> None:
+        """Declares what this quantizer's parameters must satisfy."""
+        self._report(CONSTRAINTS, "constraint", constraint)
+
+    def _observed(self, x: jax.Array) -> tuple[jax.Array | float, jax.Array]:
+        """Lower and upper end of the range that was observed so far; before anything was, 1 is the upper.
+
+        Calibration takes the mean over its batches, of absolute maxima the extremes. A running average
+        copies its first batch, and quantizes each training batch by that batch's own range.
+        """
+        shape = (x.shape[-1],) if self.spec.granularity == "per_channel" else ()
+        start = {"x_max": jnp.ones} if self._symmetric else {"x_min": jnp.zeros, "x_max": jnp.ones}
+        ends = {name: self.variable(STATISTICS, name, init, shape) for name, init in start.items()}
+        count = self.variable(STATISTICS, "count", lambda: jnp.zeros((), jnp.int32))
+        current = {name: end.value for name, end in ends.items()}
+        if self._calibrating or self._averaging:
+            batch = self._batch_range(x)
+            for name, end in ends.items():
+                end.value = self._merged(name, end.value, batch[name], count.value)
+                current[name] = batch[name] if self._averaging else end.value
+            count.value += 1
+        return current.get("x_min", 0.0), current["x_max"]
+
+    def _merged(self, name: str, old: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
+        if self._averaging:
+            merged = old + self.spec.momentum * (new - old)
+        elif self._extremes:
+            merged = jnp.minimum(old, new) if name == "x_min" else jnp.maximum(old, new)
+        else:
+            merged = old + (new - old) / (count + 1)
+        return jnp.where(count == 0, new, merged)
+
+    @property
+    def _extremes(self) -> bool:
+        return self.spec.range_statistic == "absmax"
+
+    def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Ends of one batch's range, on all devices; of data without any extent up to 1."""
+        statistic, percentile = self.spec.range_statistic, self.spec.percentile
+        if self._symmetric:
+            high = jax.lax.stop_gradient(self._range(x))
+            ends = {"x_max": jnp.where(high > 0, high, 1.0)}
+        else:
+            low, high = asymmetric_range(x, statistic, self.format, percentile=percentile)
+            ends = {"x_min": low, "x_max": jnp.where(high > low, high, 1.0)}
+        if self.axis_name is None:
+            return ends
+        if not self._extremes:
+            return jax.lax.pmean(ends, self.axis_name)
+        wider = {"x_min": jax.lax.pmin, "x_max": jax.lax.pmax}
+        return {name: wider[name](value, self.axis_name) for name, value in ends.items()}
+
+    def _range(self, x: jax.Array) -> jax.Array:
+        return symmetric_range(
+            x,
+            self.spec.range_statistic,
+            self.format,
+            per_channel=self.spec.granularity == "per_channel",
+            percentile=self.spec.percentile,
+        )

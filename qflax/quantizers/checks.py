@@ -1,0 +1,58 @@
+"""Checks of single fields that several specs have."""
+
+import math
+import typing
+
+from qflax.errors import choose, require
+
+GRANULARITIES = ("per_tensor", "per_channel")
+
+
+def check_flag(spec: typing.Any, *names: str, or_none: bool = False) -> None:
+    """Raises `UserError` unless the fields are True or False, or None if allowed."""
+    for name in names:
+        value = getattr(spec, name)
+        choices = "None, True or False" if or_none else "True or False"
+        ok = isinstance(value, bool) or (or_none and value is None)
+        require(ok, f"{name}={value!r}: must be {choices}")
+
+
+def check_number(spec: typing.Any, *names: str, or_none: bool = False) -> None:
+    """Raises `UserError` unless the fields are finite numbers, or None if allowed."""
+    for name in names:
+        value = getattr(spec, name)
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        require(ok or (or_none and value is None), f"{name}={value!r}: must be a number")
+
+
+def check_positive(spec: typing.Any, *names: str) -> None:
+    """Raises `UserError` unless the fields are positive numbers."""
+    check_number(spec, *names)
+    for name in names:
+        require(getattr(spec, name) > 0, f"{name}={getattr(spec, name)!r}: must be positive")
+
+
+def check_whole(spec: typing.Any, name: str, low: int, high: int, what: str) -> None:
+    """Raises `UserError(f"{name}=...: {what}")` unless the field is a whole number in a range."""
+    value = getattr(spec, name)
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    require(ok, f"{name}={value!r}: {what}")
+
+
+def check_range_fields(spec: typing.Any, statistics: typing.Sequence[str]) -> None:
+    """Checks `granularity`, `statistic` (None is the default) and `percentile`."""
+    choose("granularity", spec.granularity, GRANULARITIES)
+    if spec.statistic is not None:
+        choose("statistic", spec.statistic, statistics)
+    check_number(spec, "percentile")
+    require(0 < spec.percentile <= 100, f"percentile={spec.percentile!r}: must be in (0, 100]")
+
+
+def check_scale_value(spec: typing.Any) -> None:
+    """Checks that `scale_value` is there for a constant scale, and only then."""
+    value = spec.scale_value
+    if spec.scale != "constant":
+        require(value is None, f"scale_value={value!r}: only scale='constant' takes a value")
+        return
+    ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    require(ok, f"scale_value={value!r}: scale='constant' needs a positive number")

@@ -1,0 +1,48 @@
+"""The variables that training starts from: random or another run's, calibrated for the quantizers."""
+
+import pathlib
+from collections.abc import Callable, Iterable
+
+import jax
+import ml_collections
+
+from qflax.data import data_format
+from qflax.layers import correct_biases, reestimate_norms
+from qflax.quantizers import BUDGETS, calibrate, project_weights
+from qflax.training import build
+from qflax.training.state import initial_variables
+from qflax.training.workdir import start_from
+
+
+def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], Iterable[jax.Array]]) -> dict:
+    """Variables of step 0.
+
+    Accumulator-aware weights are projected onto what their accumulators allow (EP-init); activation ranges,
+    norm statistics and biases are then set again, behind the projected weights.
+
+    Args:
+      config: of the run.
+      batches: gives the calibration batches, as often as it is called.
+
+    Raises:
+      UserError: `config.init_from` is no run of the same network.
+    """
+    network = build.model(config)
+    variables = initial_variables(network, data_format(config.dataset).image_shape, config.seed)
+    if config.init_from:
+        variables = start_from(pathlib.Path(config.init_from), variables)
+    original = variables
+    variables = calibrate(network, variables, batches(), train=True)
+    example = next(iter(batches()))[:1]
+    _, state = network.apply(variables, example, train=False, mutable=[BUDGETS])
+    if not state.get(BUDGETS):
+        return variables
+    variables = project_weights(variables, state[BUDGETS])
+    variables = calibrate(network, variables, batches(), roles=("activations",), train=True)
+    immediate = config.copy_and_resolve_references()
+    immediate.batch_norm_momentum = 0.0
+    variables = reestimate_norms(build.model(immediate), variables, batches())
+    reference = config.copy_and_resolve_references()
+    with reference.unlocked():
+        reference.weights, reference.activations, reference.rules = None, None, ()
+    return correct_biases(network, variables, build.model(reference), original, batches())
