@@ -26,10 +26,16 @@ from qflax.training.state import initial_variables
 from qflax.training.stream import Stream
 
 _LSQ = dict(scale="lsq", statistic="mse")
+_UINT4 = dict(bits=4, **_LSQ)
+_E4M3 = dict(kind="minifloat", exponent_bits=4, mantissa_bits=3, specials="nan")
+_A2Q = dict(kind="accumulator_aware", bits=4, accumulator_bits=16)
+# The stem's input is float.
+_STEM = (dict(layers="conv_init", weights=dict(kind="uniform", bits=8)),)
+_HEAD = (dict(layers="classifier", weights=dict(kind="uniform", bits=8)),)
 VARIANTS = {
     "float": (None, None),
     "int8 lsq": (dict(bits=8, granularity="per_channel", **_LSQ), dict(bits=8, **_LSQ)),
-    "int4 lsq": (dict(bits=4, granularity="per_channel", **_LSQ), dict(bits=4, **_LSQ)),
+    "int4 lsq": (dict(bits=4, granularity="per_channel", **_LSQ), _UINT4),
     "int4 statistic, learned range": (
         dict(bits=4, scale="statistic", granularity="per_channel"),
         dict(bits=4, scale="range"),
@@ -42,15 +48,28 @@ VARIANTS = {
         dict(bits=4, granularity="per_channel", **_LSQ),
         dict(bits=4, scale="lsq", symmetric=False),
     ),
+    "learned widths": (dict(kind="mixed_precision", bits=4), dict(kind="mixed_precision", bits=6)),
+    "learned widths per channel": (
+        dict(kind="mixed_precision", bits=4, granularity="per_channel"),
+        dict(kind="mixed_precision", bits=6, granularity="per_channel"),
+    ),
+    "a2q": (dict(variant="a2q", **_A2Q), _UINT4, *_STEM, *_HEAD),
+    "a2q+": (_A2Q, _UINT4, *_STEM, *_HEAD),
+    "e4m3": (_E4M3, _E4M3),
+    "e4m3, learned ranges": (
+        dict(scale="range", granularity="per_channel", **_E4M3),
+        dict(scale="range", **_E4M3),
+    ),
+    "e3m1": (dict(kind="minifloat", exponent_bits=3, mantissa_bits=1),) * 2,
 }
 
 
 class Variant:
     """One compiled training step and its state."""
 
-    def __init__(self, config, weights, activations, dataset):
+    def __init__(self, config, dataset, weights, activations, *rules):
         """Compiles the step; `first_seconds` is what that took, with the first step."""
-        config.weights, config.activations = weights, activations
+        config.weights, config.activations, config.rules = weights, activations, rules
         devices = Devices(0, config.batch_size)
         network = build.model(config)
         variables = initial_variables(network, dataset.images.shape[1:], 0)
@@ -97,7 +116,7 @@ def main() -> None:
     dataset = Dataset(images=images, labels=labels, num_classes=10, name="noise")
     built = {}
     for name in dict.fromkeys(["float", *options.variants]):
-        built[name] = Variant(config.copy_and_resolve_references(), *VARIANTS[name], dataset)
+        built[name] = Variant(config.copy_and_resolve_references(), dataset, *VARIANTS[name])
     seconds = {name: [] for name in built}
     for _ in range(options.rounds):
         for name, variant in built.items():

@@ -2,8 +2,8 @@
 
 python train.py --config=configs/resnet20_a2q_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
 
-`--config.weights.accumulator_bits=12` is another accumulator, `--config.weights.variant=a2q` the first version
-of the method. The stem's input is float, so that its accumulator is not bounded.
+`--config.weights.accumulator_bits=12` is another accumulator, `--config.weights.variant=a2q` the first
+version of the method. The stem's input is float, so that its accumulator is not bounded.
 """
 
 from configs import default

@@ -64,7 +64,7 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
         (["--config=configs/quickstart.py", "--config.num_devices=99"], ["num_devices=99"]),
         (["--config=configs/quickstart.py", "--config.batch_size=5000"], ["batch_size=5000"]),
         (["--config=configs/quickstart.py", "--config.init_from=/nowhere"], ["/nowhere", "not a workdir"]),
-        (["--config=configs/quickstart.py", "--config.weights.roundng=floor"], ["roundng", "qflax/quantizers"]),
+        (["--config=configs/quickstart.py", "--config.weights.roundng=floor"], ["roundng", "quantizers"]),
         (["extra", "--config=configs/quickstart.py"], ["'extra'"]),
         (
             ["--config=configs/resnet20_fp32_cifar10.py", "--config.data_dir=/nowhere"],

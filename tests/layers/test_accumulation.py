@@ -1,0 +1,62 @@
+"""Layers report what their accumulators must hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qflax.layers import Conv, Dense, layer_costs
+from qflax.numerics import IntegerFormat
+from qflax.quantizers import Minifloat, MixedPrecision, Quantization, QuantizedArray, Uniform, quantizer_of
+
+RNG = np.random.default_rng(0)
+
+
+def inputs(bits=4, signed=False, zero_point=0.0, scale=0.25):
+    fmt = IntegerFormat(bits=bits, signed=signed)
+    codes = RNG.integers(fmt.lowest, fmt.highest + 1, (1, 5, 5, 6)) - zero_point
+    value = jnp.float32(codes * scale)
+    return QuantizedArray(value, jnp.float32(scale), jnp.float32(zero_point), fmt)
+
+
+def reported(spec, x, layer=None):
+    layer = layer or Conv(7, (3, 3), quantization=Quantization(weights=spec))
+    variables = layer.init(jax.random.key(0), x)
+    (cost,) = layer_costs(layer, variables, x)
+    return variables, cost.accumulation
+
+
+@pytest.mark.parametrize("signed,zero_point", [(False, 0), (True, 0), (False, 7)])
+def test_bounds_are_those_of_the_integer_weights(signed, zero_point):
+    x = inputs(signed=signed, zero_point=zero_point)
+    spec = Uniform(bits=5, scale="statistic", granularity="per_channel")
+    variables, bounds = reported(spec, x)
+    q = quantizer_of(spec, weights=True).apply({}, variables["params"]["kernel"])
+    codes = np.asarray(q.format.encode(q.value, q.scale), np.int64)
+    np.testing.assert_array_equal(bounds.positive, np.maximum(codes, 0).sum((0, 1, 2)))
+    np.testing.assert_array_equal(bounds.negative, np.maximum(-codes, 0).sum((0, 1, 2)))
+    low, high = x.format.lowest - zero_point, x.format.highest - zero_point
+    assert (bounds.x_min, bounds.x_max, bounds.depth) == (low, high, 54)
+    most = max(np.sum(np.where(codes > 0, high, low) * codes, (0, 1, 2)))
+    least = min(np.sum(np.where(codes > 0, low, high) * codes, (0, 1, 2)))
+    bits = bounds.exact_bits
+    assert -(2 ** (bits - 1)) <= least and most < 2 ** (bits - 1)
+    assert least < -(2 ** (bits - 2)) or most >= 2 ** (bits - 2)
+    assert bits <= bounds.norm_bits <= bounds.data_type_bits
+
+
+def test_learned_widths_and_dense_layers_too():
+    spec = MixedPrecision(bits=4)
+    x = inputs()
+    flat = QuantizedArray(x.value.reshape(1, -1), x.scale, x.zero_point, x.format)
+    _, bounds = reported(spec, flat, Dense(3, quantization=Quantization(weights=spec)))
+    assert bounds.depth == 150 and bounds.weight_bits == 4
+    assert 1 < bounds.exact_bits <= bounds.norm_bits <= bounds.data_type_bits == 16
+
+
+def test_sums_that_are_not_of_integers_have_no_bound():
+    uniform, x = Uniform(bits=4, scale="statistic"), inputs()
+    per_channel = QuantizedArray(x.value, jnp.full(6, 0.25), x.zero_point, x.format)
+    minifloat = Minifloat(exponent_bits=4, mantissa_bits=3)
+    for spec, of in ((uniform, x.value), (uniform, per_channel), (minifloat, x), (None, x)):
+        assert reported(spec, of)[1] is None

@@ -1,0 +1,146 @@
+"""Accumulator-aware weights in a layer: input format, messages, projection, change of the accumulator."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qflax.errors import UserError
+from qflax.layers import Activation, Conv, layer_costs
+from qflax.quantizers import (
+    BUDGETS,
+    STATISTICS,
+    AccumulatorAware,
+    Minifloat,
+    MixedPrecision,
+    Quantization,
+    Rule,
+    Uniform,
+    calibrate,
+    project_weights,
+    set_accumulator_bits,
+    value_of,
+)
+
+X = np.random.default_rng(0).normal(size=(4, 6, 6, 8)).astype(np.float32)
+
+
+def build(activations, **fields):
+    """A model of an activation and a convolution."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            spec = AccumulatorAware(**{"bits": 4, "accumulator_bits": 12, **fields})
+            quantization = Quantization(weights=spec, activations=activations)
+            x = Activation(name="act", quantization=quantization)(x)
+            return Conv(5, (3, 3), name="conv", quantization=quantization)(x)
+
+    return Net()
+
+
+def calibrated(activations, **fields):
+    model = build(activations, **fields)
+    return model, calibrate(model, model.init(jax.random.key(0), X), [X])
+
+
+INTEGERS = {
+    "uint4": Uniform(bits=4),
+    "int8": Uniform(bits=8, signed=True),
+    "asymmetric": Uniform(bits=4, symmetric=False),
+    "learned": MixedPrecision(bits=6),
+    "bipolar": Uniform(bits=1, signed=True),
+}
+
+
+@pytest.mark.parametrize("variant", ["a2q", "a2q+"])
+@pytest.mark.parametrize("activations", INTEGERS)
+def test_every_integer_input_keeps_within_the_accumulator(activations, variant):
+    model, variables = calibrated(INTEGERS[activations], variant=variant)
+    for bits in (16, 12, 9):
+        variables = {**variables, STATISTICS: set_accumulator_bits(variables[STATISTICS], bits)}
+        conv = layer_costs(model, variables, X[:1])[-1]
+        assert conv.accumulation.exact_bits <= bits
+        assert bits < 16 or conv.accumulation.exact_bits >= 8
+
+
+@pytest.mark.parametrize(
+    "activations,problem",
+    [
+        (None, "it is float"),
+        (Minifloat(exponent_bits=4, mantissa_bits=3), "it is a minifloat"),
+        (Uniform(bits=4, granularity="per_channel"), "it is scaled per channel"),
+    ],
+)
+def test_other_inputs_are_an_error_that_says_what_to_do(activations, problem):
+    with pytest.raises(UserError, match=f"conv: accumulator_bits=12 needs .*{problem}; quantize the layer"):
+        build(activations).init(jax.random.key(0), X)
+
+
+def test_not_for_activations():
+    quantization = Quantization(
+        rules=(Rule("*", {"activations": dict(kind="accumulator_aware", bits=4, accumulator_bits=9)}),)
+    )
+    with pytest.raises(UserError, match="is for weights, not activations"):
+        Activation(quantization=quantization).init(jax.random.key(0), X)
+
+
+def test_changing_the_accumulator_compiles_nothing():
+    model, variables = calibrated(Uniform(bits=4))
+    forward, outputs = jax.jit(model.apply), []
+    for bits in (16, 12, 11, 10, 9):
+        variables = {**variables, STATISTICS: set_accumulator_bits(variables[STATISTICS], bits)}
+        outputs.append(np.abs(forward(variables, X)).sum())
+    assert forward._cache_size() == 1
+    assert len(set(outputs)) > 1
+
+
+def test_specs_that_differ_in_the_accumulator_are_one_program():
+    programs = set()
+    for bits in (16, 12):
+        model, variables = calibrated(Uniform(bits=4), accumulator_bits=bits)
+        programs.add(jax.jit(model.apply).lower(variables, X).as_text())
+    assert len(programs) == 1
+
+
+def test_projection_lets_truncation_keep_the_kernel():
+    model, variables = calibrated(Uniform(bits=4), accumulator_bits=10)
+    budgets = model.apply(variables, X, mutable=[BUDGETS])[1][BUDGETS]
+    projected = project_weights(variables, budgets)
+    radius = budgets["conv"]["weights"]["norm"]
+    before, after = (np.abs(v["params"]["conv"]["kernel"]).sum((0, 1, 2)) for v in (variables, projected))
+    assert np.all(before > radius) and np.all(after <= radius * (1 + 1e-5))
+    np.testing.assert_array_equal(projected["params"]["conv"]["bias"], variables["params"]["conv"]["bias"])
+    assert layer_costs(model, projected, X[:1])[-1].accumulation.exact_bits <= 10
+
+
+def test_without_ep_init_nothing_is_projected():
+    model, variables = calibrated(Uniform(bits=4), ep_init=False)
+    assert not model.apply(variables, X, mutable=[BUDGETS])[1].get(BUDGETS)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(bits=1, accumulator_bits=16), "bits=1: accumulator-aware weights have 2 to 16 bits"),
+        (dict(bits=4, accumulator_bits=33), "accumulator_bits=33: an accumulator has 2 to 32 bits"),
+        (dict(bits=4, accumulator_bits=16, variant="a2q++"), "variant='a2q\\+\\+': unknown"),
+        (dict(bits=4, accumulator_bits=16, tied=1), "tied=1: must be True or False"),
+    ],
+)
+def test_impossible_specs(fields, message):
+    with pytest.raises(UserError, match=message):
+        AccumulatorAware(**fields)
+
+
+def test_a_dead_channel_stays_zero_through_calibration_and_gradient():
+    model, variables = calibrated(Uniform(bits=4))
+    kernel = variables["params"]["conv"]["kernel"].at[..., 2].set(0.0)
+    variables = {**variables, "params": {"conv": {**variables["params"]["conv"], "kernel": kernel}}}
+    variables = calibrate(model, variables, [X])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+    gradient = jax.grad(lambda p: jnp.sum(value_of(model.apply({**variables, "params": p}, X)) ** 2))(
+        variables["params"]
+    )["conv"]["kernel"]
+    assert np.isfinite(gradient).all() and not gradient[..., 2].any() and gradient[..., 0].any()

@@ -1,0 +1,56 @@
+"""Penalties on sizes, their ramp, and when widths freeze."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qflax.errors import UserError
+from qflax.training import build
+
+SIZES = {"weight_kib": 100.0, "activation_kib_sum": 50.0, "activation_kib_max": 9.0}
+
+
+@pytest.fixture
+def config(tiny_config):
+    tiny_config.size_targets = dict(weight_kib=70.0, activation_kib_sum=0.0, activation_kib_max=8.0)
+    tiny_config.size_strengths = dict(weight_kib=0.1, activation_kib_sum=5.0, activation_kib_max=0.2)
+    return tiny_config
+
+
+def test_the_penalty_is_the_squared_excess(config):
+    penalties = build.penalties(config, 100)
+    np.testing.assert_allclose(penalties.of_sizes(SIZES, 0), 0.1 * 30**2 + 0.2 * 1**2, rtol=1e-6)
+    gradient = jax.grad(penalties.of_sizes)(SIZES, 0)
+    np.testing.assert_allclose(gradient["weight_kib"], 0.1 * 2 * 30, rtol=1e-6)
+    assert gradient["activation_kib_sum"] == 0  # No target.
+    below = {**SIZES, "weight_kib": 69.0, "activation_kib_max": 8.0}
+    assert penalties.of_sizes(below, 0) == 0 and not any(jax.grad(penalties.of_sizes)(below, 0).values())
+
+
+def test_strengths_grow_over_the_ramp(config):
+    config.size_ramp = 0.5
+    penalties = build.penalties(config, 100)
+    values = [float(penalties.of_sizes(SIZES, step)) for step in (0, 24, 49, 99)]
+    np.testing.assert_allclose(values, np.array([1 / 50, 0.5, 1, 1]) * 90.2, rtol=1e-6)
+
+
+def test_widths_freeze_once_targets_hold_but_not_early_and_at_the_end_anyhow(config):
+    config.freeze_widths_after = 0.5
+    penalties = build.penalties(config, 100)
+    held = {**SIZES, "weight_kib": 70.0, "activation_kib_max": 8.0}
+    assert [bool(penalties.freeze(held, step)) for step in (0, 48, 49, 99)] == [False, False, True, True]
+    assert [bool(penalties.freeze(SIZES, step)) for step in (49, 98, 99)] == [False, False, True]
+
+
+def test_other_targets_compile_nothing(config):
+    of = jax.jit(lambda penalties, sizes: penalties.of_sizes(sizes, jnp.int32(3)))
+    for target in (70.0, 60.0, 0.0):
+        config.size_targets.weight_kib = target
+        of(build.penalties(config, 100), SIZES)
+    assert of._cache_size() == 1
+
+
+def test_targets_without_learned_widths_are_an_error(config):
+    with pytest.raises(UserError, match=r"size_targets.activation_kib_max=8.0: no width is learned"):
+        build.check_quantization(config)
