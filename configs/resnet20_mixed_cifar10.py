@@ -17,5 +17,5 @@ def get_config():
     config.size_targets.activation_kib_max = 8.0
     config.size_ramp = 0.25
     config.learning_rate = 0.01
-    config.quantizer_learning_rate = 0.01
+    config.quantizer_learning_rate = 0.001
     return config

@@ -102,14 +102,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     from qflax import config as config_lib
     from qflax import runtime
 
-    runtime.configure(config_lib.load(options.workdir).eval_batch_size)
+    config = config_lib.load(options.workdir)
+    runtime.configure(config.eval_batch_size)
     from qflax.training import evaluate_workdir
     from qflax.training.table import cost_table
 
     metrics, costs = evaluate_workdir(
         options.workdir, split=options.split, which=options.checkpoint, data_dir=options.data_dir
     )
-    print(cost_table(costs))
+    print(cost_table(costs, config.size_targets, config.size_strengths))
     print(
         f"{options.split} accuracy {metrics['accuracy']:.2%} (top 5 {metrics['top5_accuracy']:.2%}), "
         f"loss {metrics['loss']:.4f}"

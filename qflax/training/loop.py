@@ -192,7 +192,7 @@ class Trainer:
             **self.origin,
         }
         logs.write(steps, test, "test")
-        table = cost_table(costs)
+        table = cost_table(costs, config.size_targets, config.size_strengths)
         (self.workdir / workdir_lib.TABLE_FILE).write_text(table + "\n")
         (self.workdir / workdir_lib.RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
         return result

@@ -1,8 +1,11 @@
 """The per-layer table and the totals of a network's cost."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
-from qflax.layers import Accumulation, LayerCost
+from qflax.layers import Accumulation, LayerCost, sizes
+
+_NONE = types.MappingProxyType({})
 
 
 def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
@@ -25,8 +28,16 @@ def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
     }
 
 
-def cost_table(costs: Sequence[LayerCost]) -> str:
-    """One line per layer that computes or stores something, and a line of totals."""
+def cost_table(
+    costs: Sequence[LayerCost], targets: Mapping[str, float] = _NONE, strengths: Mapping[str, float] = _NONE
+) -> str:
+    """One line per layer that computes or stores something, a line of totals, and one for each size target.
+
+    Args:
+      costs: of the layers.
+      targets: name of a size (`layers.sizes`) -> KiB; 0 is no target.
+      strengths: of the penalties on what is beyond the targets.
+    """
     header = (
         "layer",
         "parameters",
@@ -65,6 +76,12 @@ def cost_table(costs: Sequence[LayerCost]) -> str:
     lines = [_line(header, widths), _line(["-" * width for width in widths], widths)]
     lines += [_line(row, widths) for row in rows]
     lines.append(f"largest activation: {totals['activation_bytes_max'] / 1024:.2f} KiB")
+    reached = sizes(costs)
+    for name, target in targets.items():
+        if target:
+            size = float(reached[name])
+            penalty = strengths[name] * max(size - target, 0) ** 2
+            lines.append(f"{name} {size:.2f}, target {target:.2f}, penalty {penalty:.4g}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """Totals and the per-layer table."""
 
-from qflax.layers import LayerCost
+import numpy as np
+
+from qflax.layers import Accumulation, LayerCost
 from qflax.training.table import cost_table, cost_totals
 
 COSTS = (
@@ -34,3 +36,32 @@ def test_the_table_has_a_line_for_every_layer_that_does_something():
     assert first[2:-1] == ["conv", "act", "dense", "act2", "total"]
     row = next(line for line in text.splitlines() if line.startswith("conv"))
     assert row.split()[1:6] == ["1,010", "3", "0.41", "0.050", "float"]
+
+
+def test_accumulators_by_type_by_norm_and_exactly():
+    bounds = Accumulation(
+        depth=72,
+        input_signed=False,
+        positive=np.uint32([40, 3]),
+        negative=np.uint32([10, 60]),
+        weight_bits=4,
+        input_bits=4,
+        x_min=0,
+        x_max=15,
+    )
+    cost = LayerCost(
+        path="conv", kind="conv", roles=("weights",), macs=72, weight_bits=2.5, accumulation=bounds
+    )
+    # 72 * 8 * 16 = 9216; (3 + 60) * 16 = 1008; -60 * 15 = -900.
+    row = next(line for line in cost_table([cost]).splitlines() if line.startswith("conv")).split()
+    assert row[-3:] == ["15", "11", "11"] and "2.50" in row
+    assert cost_totals([cost])["accumulator_bits"] == 11
+    assert "accumulator_bits" not in cost_totals(COSTS)
+
+
+def test_targets_are_listed_with_what_was_reached():
+    weights = (1000 * 3 / 8 + 10 * 4 + 64) / 1024
+    targets = {"weight_kib": 0.2, "activation_kib_sum": 0.0, "activation_kib_max": 1.0}
+    last = cost_table(COSTS, targets, dict.fromkeys(targets, 0.1)).splitlines()[-2:]
+    assert last[0] == f"weight_kib {weights:.2f}, target 0.20, penalty {0.1 * (weights - 0.2) ** 2:.4g}"
+    assert last[1] == "activation_kib_max 0.24, target 1.00, penalty 0"
