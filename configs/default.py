@@ -109,7 +109,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.size_strengths.weight_kib = 0.1
     config.size_strengths.activation_kib_sum = 0.1
     config.size_strengths.activation_kib_max = 0.1
-    config.size_ramp = 0.0  # Fraction of the run over which the strengths grow from 0.
+    # The fractions of the run between which the strengths grow from 0. A network that starts from random
+    # weights should be on its way before it is made small.
+    config.size_ramp = (0.0, 0.0)
     # Learned widths freeze once all targets hold, but not before this fraction of the run; at the last step
     # in any case.
     config.freeze_widths_after = 0.5

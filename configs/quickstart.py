@@ -23,6 +23,8 @@ def get_config():
     config.activations = default.mixed_precision(bits=6)
     config.size_targets.weight_kib = 28.0
     config.size_targets.activation_kib_sum = 24.0
+    config.size_ramp = (0.25, 0.5)
+    config.freeze_widths_after = 0.6
     config.batch_size = 64
     config.num_epochs = 40.0
     config.warmup_epochs = 2.0

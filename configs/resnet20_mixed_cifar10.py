@@ -15,7 +15,7 @@ def get_config():
     config.activations = default.mixed_precision(bits=6)
     config.size_targets.weight_kib = 70.0
     config.size_targets.activation_kib_max = 8.0
-    config.size_ramp = 0.25
+    config.size_ramp = (0.0, 0.25)
     config.learning_rate = 0.01
     config.quantizer_learning_rate = 0.001
     return config

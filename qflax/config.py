@@ -53,6 +53,11 @@ def _numbers(length: int | None, low: float) -> Callable:
     return check
 
 
+def _fractions(field, value):
+    _numbers(2, 0)(field, value)
+    require(value[0] <= value[1] <= 1, f"{field}={value!r}: must be two fractions, the first not the larger")
+
+
 def _anything(field, value):
     del field, value  # Checked where it is parsed.
 
@@ -113,7 +118,7 @@ FIELDS = {
     "quantizer_learning_rate": _NOT_NEGATIVE,
     "size_targets": _SIZES,
     "size_strengths": _SIZES,
-    "size_ramp": _FRACTION,
+    "size_ramp": _fractions,
     "freeze_widths_after": _FRACTION,
     "accumulator_strength": _NOT_NEGATIVE,
     "seed": _number(0, 2**32 - 1, integer=True),

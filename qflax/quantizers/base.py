@@ -1,5 +1,6 @@
 """What all quantizers share: calibration, learned numbers, observed ranges."""
 
+import math
 import typing
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qflax.quantizers.collections import CALIBRATION, CONSTRAINTS, PARAMETERS, STATISTICS
-from qflax.quantizers.statistics import asymmetric_range, symmetric_range
+from qflax.quantizers.statistics import SMALLEST_RANGE, asymmetric_range, symmetric_range
 
 
 class Quantizer(nn.Module):
@@ -99,14 +100,19 @@ class Quantizer(nn.Module):
         return self.spec.range_statistic == "absmax"
 
     def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Ends of one batch's range, on all devices; of data without any extent up to 1."""
+        """Ends of one batch's range, on all devices; without any extent up to a usual size.
+
+        That is 1 for activations, and the standard deviation of a common initialisation for weights, so that
+        a layer that starts from zeros can leave them.
+        """
         statistic, percentile = self.spec.range_statistic, self.spec.percentile
+        usual = math.sqrt(x.shape[-1] / x.size) if self.weights else 1.0
         if self._symmetric:
             high = jax.lax.stop_gradient(self._range(x))
-            ends = {"x_max": jnp.where(high > 0, high, 1.0)}
+            ends = {"x_max": jnp.where(high > SMALLEST_RANGE, high, usual)}
         else:
             low, high = asymmetric_range(x, statistic, self.format, percentile=percentile)
-            ends = {"x_min": low, "x_max": jnp.where(high > low, high, 1.0)}
+            ends = {"x_min": low, "x_max": jnp.where(high > low, high, usual)}
         if self.axis_name is None:
             return ends
         if not self._extremes:

@@ -12,8 +12,7 @@ from qflax.quantizers.base import Quantizer
 from qflax.quantizers.collections import PARAMETERS
 from qflax.quantizers.constraints import ANY_LOG2, NEGATIVE, POSITIVE, Box
 from qflax.quantizers.quantized_array import QuantizedArray
-
-SMALLEST_RANGE = 1e-10
+from qflax.quantizers.statistics import SMALLEST_RANGE
 
 _BOUNDS = {"scale": POSITIVE, "x_max": POSITIVE, "width": POSITIVE, "log2_scale": ANY_LOG2, "x_min": NEGATIVE}
 

@@ -12,7 +12,7 @@ STATISTICS_KINDS = ("absmax", "percentile", "mse", "kl", "mean")
 _MSE_CANDIDATES = 100
 _KL_BINS = 2048
 _KL_CANDIDATES = 100
-_TINY = 1e-10
+SMALLEST_RANGE = 1e-10
 
 
 def symmetric_range(
@@ -77,7 +77,7 @@ def asymmetric_range(
         return low, high
 
     def error(fraction):
-        scale = jnp.maximum((high - low) * fraction, _TINY) / (fmt.num_codes - 1)
+        scale = jnp.maximum((high - low) * fraction, SMALLEST_RANGE) / (fmt.num_codes - 1)
         zero_point = jnp.clip(jnp.round(fmt.lowest - low * fraction / scale), fmt.lowest, fmt.highest)
         return jnp.sum((fmt.fake_quant(x, scale, zero_point) - x) ** 2)
 
@@ -94,7 +94,7 @@ def _percentile(rows: jax.Array, percentile: float) -> jax.Array:
 
 def _search(rows, fmt, divergence, count) -> jax.Array:
     """The fraction of each row's maximum with the least divergence from the data, times it."""
-    largest = jnp.maximum(jnp.max(rows, axis=1), _TINY)
+    largest = jnp.maximum(jnp.max(rows, axis=1), SMALLEST_RANGE)
     fractions = jnp.arange(1, count + 1, dtype=jnp.float32) / count
     costs = jax.lax.map(lambda fraction: divergence(rows, largest * fraction, fmt), fractions)
     return largest * fractions[jnp.argmin(costs, axis=0)]
@@ -111,7 +111,7 @@ def _kl_divergence(rows, ranges, fmt) -> jax.Array:
     levels = max(fmt.highest, 1)
 
     def one(row, limit):
-        width = jnp.max(row) / _KL_BINS + _TINY
+        width = jnp.max(row) / _KL_BINS + SMALLEST_RANGE
         bins = jnp.clip((row / width).astype(jnp.int32), 0, _KL_BINS - 1)
         histogram = jnp.zeros(_KL_BINS).at[bins].add(1.0)
         centres = (jnp.arange(_KL_BINS) + 0.5) * width

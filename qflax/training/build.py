@@ -88,7 +88,8 @@ def penalties(config: ml_collections.ConfigDict, num_steps: int) -> Penalties:
     return Penalties(
         targets={name: jnp.float32(size or float("inf")) for name, size in config.size_targets.items()},
         strengths={name: jnp.float32(strength) for name, strength in config.size_strengths.items()},
-        ramp_steps=jnp.float32(config.size_ramp * num_steps),
+        ramp_start=jnp.float32(config.size_ramp[0] * num_steps),
+        ramp_end=jnp.float32(config.size_ramp[1] * num_steps),
         freeze_step=jnp.float32(config.freeze_widths_after * num_steps),
         last_step=jnp.float32(num_steps),
         accumulator_strength=jnp.float32(config.accumulator_strength),

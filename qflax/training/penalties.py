@@ -12,7 +12,7 @@ class Penalties:
     Attributes:
       targets: name of a size (`layers.sizes`) -> KiB; inf is no target.
       strengths: the same names -> weight of the squared excess in the loss, per KiB^2.
-      ramp_steps: over which the strengths grow from 0.
+      ramp_start, ramp_end: steps between which the strengths grow from 0.
       freeze_step: from which learned widths freeze once all targets hold.
       last_step: at which they freeze in any case.
       accumulator_strength: weight of A2Q's penalty.
@@ -20,14 +20,16 @@ class Penalties:
 
     targets: dict[str, jax.Array]
     strengths: dict[str, jax.Array]
-    ramp_steps: jax.Array
+    ramp_start: jax.Array
+    ramp_end: jax.Array
     freeze_step: jax.Array
     last_step: jax.Array
     accumulator_strength: jax.Array
 
     def of_sizes(self, sizes: dict[str, jax.Array], step: jax.Array) -> jax.Array:
         """strength * relu(size - target)^2, summed (Uhlich et al. 2020, section 3.3)."""
-        ramp = jnp.minimum((step + 1) / jnp.maximum(self.ramp_steps, 1), 1.0)
+        length = jnp.maximum(self.ramp_end - self.ramp_start, 1)
+        ramp = jnp.clip((step + 1 - self.ramp_start) / length, 0.0, 1.0)
         excesses = {name: jax.nn.relu(sizes[name] - target) for name, target in self.targets.items()}
         return ramp * sum(self.strengths[name] * excess**2 for name, excess in excesses.items())
 

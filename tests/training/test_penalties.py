@@ -29,10 +29,10 @@ def test_the_penalty_is_the_squared_excess(config):
 
 
 def test_strengths_grow_over_the_ramp(config):
-    config.size_ramp = 0.5
+    config.size_ramp = (0.2, 0.7)
     penalties = build.penalties(config, 100)
-    values = [float(penalties.of_sizes(SIZES, step)) for step in (0, 24, 49, 99)]
-    np.testing.assert_allclose(values, np.array([1 / 50, 0.5, 1, 1]) * 90.2, rtol=1e-6)
+    values = [float(penalties.of_sizes(SIZES, step)) for step in (0, 19, 20, 44, 69, 99)]
+    np.testing.assert_allclose(values, np.array([0, 0, 1 / 50, 0.5, 1, 1]) * 90.2, rtol=1e-6)
 
 
 def test_widths_freeze_once_targets_hold_but_not_early_and_at_the_end_anyhow(config):
