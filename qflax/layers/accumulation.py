@@ -23,7 +23,7 @@ class Accumulation:
 
     Attributes:
       depth: products in a sum.
-      input_signed: whether the inputs, less their zero point, are of a signed format.
+      input_signed, weight_signed: whether the formats are signed.
       positive, negative: sums of the positive and of the absolute negative integer weights, uint32
         [features].
       weight_bits: of the widest channel.
@@ -33,6 +33,7 @@ class Accumulation:
 
     depth: int = flax.struct.field(pytree_node=False)
     input_signed: bool = flax.struct.field(pytree_node=False)
+    weight_signed: bool = flax.struct.field(pytree_node=False)
     positive: jax.Array
     negative: jax.Array
     weight_bits: jax.Array | int
@@ -43,7 +44,9 @@ class Accumulation:
     @property
     def data_type_bits(self) -> int:
         """Accumulator width that any weights of this type need."""
-        return data_type_width(self.depth, int(self.weight_bits), int(self.input_bits), self.input_signed)
+        return data_type_width(
+            self.depth, int(self.weight_bits), int(self.input_bits), self.input_signed, self.weight_signed
+        )
 
     @property
     def norm_bits(self) -> int:
@@ -79,6 +82,7 @@ def accumulation(
     return Accumulation(
         depth=kernel.value.size // kernel.value.shape[-1],
         input_signed=fmt.signed,
+        weight_signed=kernel.format.signed,
         positive=positive,
         negative=negative,
         weight_bits=jnp.max(jnp.asarray(kernel.format.bits)),

@@ -10,7 +10,9 @@ def width_of_extremes(low: int, high: int) -> int:
     return max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + 1
 
 
-def data_type_width(depth: int, weight_bits: int, input_bits: int, input_signed: bool) -> int:
+def data_type_width(
+    depth: int, weight_bits: int, input_bits: int, input_signed: bool, weight_signed: bool = True
+) -> int:
     """Width that suffices for all weights and inputs of these types (A2Q, eq. 4 and 5).
 
     ceil(a + log2(1 + 2^-a) + 1) with a = log2(depth) + N + M - 1 - signed, in integers.
@@ -20,8 +22,9 @@ def data_type_width(depth: int, weight_bits: int, input_bits: int, input_signed:
       weight_bits: M, with the sign.
       input_bits: N.
       input_signed: whether one of those is a sign.
+      weight_signed: the paper's weights are; unsigned ones may be twice as large.
     """
-    return norm_width(depth << (weight_bits - 1), input_bits, input_signed)
+    return norm_width(depth << (weight_bits - weight_signed), input_bits, input_signed)
 
 
 def norm_width(l1_norm: int, input_bits: int, input_signed: bool) -> int:

@@ -120,8 +120,12 @@ class MinifloatFormat:
 
     @property
     def threshold(self) -> float:
-        """Largest value: a range of `x_max` has the scale `x_max / threshold`."""
-        return self.max
+        """A range of `x_max` has the scale `x_max / threshold`: the largest value, but at most 2^80.
+
+        Scales by the largest values of 8 exponent bits would be subnormal, which compilers take for zero;
+        that far from the format's own subnormals it makes no difference.
+        """
+        return min(self.max, 2.0**80)
 
     @property
     def min_normal(self) -> float:

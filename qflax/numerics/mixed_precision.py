@@ -21,7 +21,8 @@ _SLACK = 1 - 2.0**-20
 class LearnedInteger:
     """Integers whose width is an array, so that it can be learned: signed ones without the lowest code.
 
-    The value of code `q` is `scale * q`.
+    The value of code `q` is `scale * q`. While a range is learned beside a step, its ends are values too, on
+    the grid or not; codes and values are the same thing only once the width is frozen.
 
     Attributes:
       bits: integer-valued float32, [] or [channels], at most 16.

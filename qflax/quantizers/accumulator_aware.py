@@ -83,6 +83,11 @@ class AccumulatorAwareQuantizer(Quantizer):
         """
         fmt, x = self.format, x.astype(jnp.float32)
         axes = tuple(range(x.ndim - 1))
+        require(
+            self.spec.variant == "a2q" or x.size > x.shape[-1],
+            f"{'/'.join(self.path[:-1])}: variant='a2q+' centres the weights of each channel, and here that "
+            "is one, which leaves zero; give this layer variant='a2q'",
+        )
         budget = self._budget(inputs)
         largest = jnp.maximum(jnp.max(jnp.abs(x), axes) / fmt.highest, _SMALLEST_SCALE)
         norm = jnp.maximum(jnp.sum(jnp.abs(x), axes), _SMALLEST_SCALE)
@@ -109,17 +114,16 @@ class AccumulatorAwareQuantizer(Quantizer):
         require(self.weights, f"{where}: kind='accumulator_aware' is for weights, not activations")
         problem = None
         if not isinstance(inputs, QuantizedArray):
-            problem = "float"
+            problem = "float; quantize what comes before it by a rule for its activations (before the first "
+            problem += "layer that is 'input', before the classifier 'pool/output')"
         elif not isinstance(inputs.format, IntegerFormat | LearnedInteger):
-            problem = "a minifloat"
+            problem = "a minifloat; give the activations before it kind='uniform'"
         elif inputs.scale.ndim > 0:
-            problem = "scaled per channel"
+            problem = "scaled per channel; give the activations before it granularity='per_tensor'"
         if problem:
             raise UserError(
                 f"{where}: accumulator_bits={spec.accumulator_bits} needs an input of integers with one "
-                f"scale, and it is {problem}; quantize the layer before it, such as "
-                f'{{"layers": "input", "activations": {{"kind": "uniform", "bits": 8}}}} in the rules for '
-                f"the first one, or give {where!r} another kind of weights"
+                f"scale, and it is {problem}, or give {where!r} another kind of weights"
             )
         width = self.variable(STATISTICS, "accumulator_bits", lambda: jnp.int32(spec.accumulator_bits))
         zero_centered, fmt = spec.variant == "a2q+", inputs.format
@@ -135,7 +139,8 @@ class AccumulatorAwareQuantizer(Quantizer):
 
 
 def set_accumulator_bits(quantizer_stats: Mapping, bits: int) -> dict:
-    """Statistics in which every accumulator has `bits`."""
+    """Statistics in which every accumulator has `bits`, 2 to 32."""
+    require(2 <= bits <= 32, f"accumulator_bits={bits!r}: an accumulator has 2 to 32 bits")
 
     def change(path, value):
         return jnp.full_like(value, bits) if path[-1].key == "accumulator_bits" else value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from qflax.errors import require
 from qflax.quantizers.collections import CONSTRAINTS
 
 LARGEST_LOG2 = 24.0
@@ -64,6 +65,12 @@ def _each(function: Callable, state: Mapping, *trees: Mapping) -> dict:
     def walk(constraints, *trees):
         if "constraint" in constraints:
             return function(constraints["constraint"], *trees)
+        unknown = sorted(trees[0].keys() - constraints.keys())
+        require(
+            not unknown,
+            f"{', '.join(unknown[:3])}: no constraints in the state; apply the model with "
+            f"mutable=[..., {CONSTRAINTS!r}]",
+        )
         return {name: walk(constraints[name], *(tree[name] for tree in trees)) for name in trees[0]}
 
     return walk(state.get(CONSTRAINTS, {}), *trees)

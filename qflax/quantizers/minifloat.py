@@ -36,6 +36,7 @@ class Minifloat:
       scale: see above.
       scale_value: of `constant`, and only of that; None is 1 there.
       signed: False leaves out the sign bit; None is True, as in all standard formats.
+      subnormals: see `numerics.MinifloatFormat`.
       granularity: `per_tensor`, or `per_channel` along the last axis.
       statistic: how ranges are chosen: `absmax`, `percentile` or `mse`.
       percentile: in percent, for `statistic="percentile"`.
@@ -52,6 +53,7 @@ class Minifloat:
     scale: str = "constant"
     scale_value: float | None = None
     signed: bool | None = None
+    subnormals: bool = True
     granularity: str = "per_tensor"
     statistic: str = "absmax"
     percentile: float = 99.999
@@ -66,7 +68,7 @@ class Minifloat:
         check_range_fields(self, MINIFLOAT_STATISTICS)
         choose("clip_gradient", self.clip_gradient, CLIP_GRADIENTS)
         check_flag(self, "signed", or_none=True)
-        check_flag(self, "power_of_two")
+        check_flag(self, "subnormals", "power_of_two")
         check_number(self, "momentum")
         require(0 < self.momentum <= 1, f"momentum={self.momentum!r}: must be in (0, 1]")
         require(
@@ -108,4 +110,5 @@ class Minifloat:
             bias=self.bias,
             specials=self.specials,
             signed=self.signed is not False,
+            subnormals=self.subnormals,
         )

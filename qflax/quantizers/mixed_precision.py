@@ -53,7 +53,7 @@ class MixedPrecision:
     to. Once they are frozen, b is a constant and what remains is a quantizer with a learned step.
 
     Attributes:
-      bits: to start from.
+      bits: to start from, if the bounds of step and range allow it.
       parametrization: see above.
       min_bits: None is 2 if signed, else 1.
       max_bits: at most 16.
@@ -180,10 +180,12 @@ class MixedPrecisionQuantizer(Quantizer):
         del inputs
         x = x.astype(jnp.float32)
         constraint = WidthConstraint(self.spec, self._has_sign)
-        require(
-            self.spec.bits >= constraint.min_bits,
-            f"{'/'.join(self.path)}: bits={self.spec.bits}: signed data has at least {constraint.min_bits}",
-        )
+        for name in ("bits", "min_bits"):
+            width = getattr(self.spec, name)
+            require(
+                width is None or width >= 1 + self._has_sign,
+                f"{'/'.join(self.path)}: {name}={width}: signed data has at least 2",
+            )
         start = constraint.project(self._start(x))
         learned = {name: self._learned(name, value) for name, value in start.items()}
         self._constrain(constraint)
@@ -201,7 +203,7 @@ class MixedPrecisionQuantizer(Quantizer):
 
     def _start(self, x: jax.Array) -> dict[str, jax.Array]:
         """The learned numbers as calibrated; only a calibration pass looks at `x`."""
-        spec, highest = self.spec, self.format.highest
+        spec, highest = self.spec, self._starting_highest()
         x_max = jnp.ones((x.shape[-1],) if spec.granularity == "per_channel" else ())
         if self._calibrating or self.is_initializing():
             x_max = self._observed(x)[1]
@@ -215,6 +217,12 @@ class MixedPrecisionQuantizer(Quantizer):
         values = {"step": step, "x_max": x_max, "bits": jnp.full_like(step, spec.bits)}
         return {name: values[name] for name in PARAMETRIZATIONS[spec.parametrization]}
 
+    def _starting_highest(self) -> jax.Array:
+        """Highest code of the width to start from, or of the one that is frozen."""
+        frozen = self.get_variable(STATISTICS, "frozen", False)
+        bits = self.get_variable(STATISTICS, "bits", jnp.float32(self.spec.bits))
+        return highest_code(jnp.where(frozen, bits, jnp.full_like(bits, self.spec.bits)), self._has_sign)
+
     def _largest(self, x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim - 1)) if self.spec.granularity == "per_channel" else None
         return jnp.maximum(jnp.max(jnp.abs(x), axes), self.spec.min_range)
@@ -225,9 +233,10 @@ class MixedPrecisionQuantizer(Quantizer):
         rounded = power_of_two if spec.power_of_two else lambda step: step
         if spec.parametrization == "step_range":
             step, x_max = rounded(learned["step"]), learned["x_max"]
-            # Rounding the step down may have made room for more steps than there may be.
-            x_max = jnp.minimum(x_max, step * (2 ** (spec.max_bits - signed) - 1))
-            bits = self._width(jnp.clip(bit_width(step, x_max, signed), min_bits, spec.max_bits))
+            if spec.power_of_two:
+                # Rounding the step may have made room for more steps than there may be, or for none.
+                x_max = _within(x_max, step, step * (2 ** (spec.max_bits - signed) - 1))
+            bits = self._width(_within(bit_width(step, x_max, signed), min_bits, spec.max_bits))
             highest = highest_code(jax.lax.stop_gradient(bits), signed)
             frozen = self.get_variable(STATISTICS, "frozen")
             step = jnp.where(frozen, rounded(quotient(learned["x_max"], highest)), step)
@@ -245,6 +254,11 @@ class MixedPrecisionQuantizer(Quantizer):
         if self._training:
             width.value = jax.lax.stop_gradient(bits)
         return bits
+
+
+def _within(x: jax.Array, low: jax.Array | int, high: jax.Array | int) -> jax.Array:
+    """Clips; at the bounds, where constraints put parameters, the gradient is still that of `x`."""
+    return jnp.where(x > high, high, jnp.where(x < low, low, x))
 
 
 def freeze_widths(quantizer_stats: Mapping, condition: jax.Array | bool = True) -> dict:

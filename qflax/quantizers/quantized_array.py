@@ -16,7 +16,8 @@ class QuantizedArray:
 
     Attributes:
       value: float array, every element equal to `scale * (code - zero_point)`; of a minifloat to `scale`
-        times the value of its code.
+        times the value of its code. Only the ends of a range that is still being learned may lie off the
+        grid.
       scale: float32, scalar or [channels].
       zero_point: integer-valued float32, like `scale`.
       format: the number format of the codes.

@@ -5,7 +5,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from qflax.errors import UserError, closest, require
-from qflax.quantizers.spec import Spec, spec_from_dict
+from qflax.quantizers.spec import Spec, kind_of, spec_from_dict
 
 ROLES = ("weights", "activations")
 
@@ -125,4 +125,4 @@ def quantization_from_config(
 def _override(base: Spec | None, fields: Mapping | None, where: str) -> Spec | None:
     if fields is None or base is None or "kind" in fields:
         return spec_from_dict(fields, where)
-    return spec_from_dict({**dataclasses.asdict(base), **fields}, where)
+    return spec_from_dict({"kind": kind_of(base), **dataclasses.asdict(base), **fields}, where)

@@ -74,8 +74,14 @@ class ScaledQuantizer(Quantizer):
 
     def _declare_bounds(self):
         names = self.variables.get(PARAMETERS, {})
-        if names:
-            self._constrain(Box(tuple((name, *_BOUNDS[name]) for name in sorted(names))))
+        if not names:
+            return
+        bounds = dict(_BOUNDS)
+        if isinstance(self.format, MinifloatFormat):
+            # The range is what is bounded, whatever the largest value of the format.
+            shift = math.log2(self.format.threshold)
+            bounds["log2_scale"] = tuple(bound - shift for bound in ANY_LOG2)
+        self._constrain(Box(tuple((name, *bounds[name]) for name in sorted(names))))
 
     def _check(self):
         where, scale, fmt = "/".join(self.path), self.spec.scale, self.format

@@ -28,6 +28,11 @@ _MODULES = {
 }
 
 
+def kind_of(spec: Spec) -> str:
+    """The kind of a spec."""
+    return next(kind for kind, cls in KINDS.items() if type(spec) is cls)
+
+
 def quantizer_of(spec: Spec, **attributes) -> Quantizer:
     """The module that puts arrays on the grid of `spec`; `attributes` as of `Quantizer`."""
     return _MODULES[type(spec)](spec=spec, **attributes)

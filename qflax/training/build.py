@@ -60,11 +60,12 @@ def check_quantization(config: ml_collections.ConfigDict) -> None:
     costs = measure_costs(config, variables)
     quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)
     leaves = jax.tree_util.tree_leaves_with_path(variables[STATISTICS])
-    learned = any(path[-1].key == "frozen" for path, _ in leaves)
+    learned = {path[-2].key for path, _ in leaves if path[-1].key == "frozen"}
     for name, size in config.size_targets.items():
+        role = "weights" if name.startswith("weight") else "activations"
         require(
-            learned or not size,
-            f"config.size_targets.{name}={size!r}: no width is learned; give weights or activations "
+            role in learned or not size,
+            f"config.size_targets.{name}={size!r}: no width of {role} is learned; give them "
             "kind='mixed_precision', or set the target to 0",
         )
 

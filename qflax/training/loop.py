@@ -157,6 +157,9 @@ class Trainer:
         host = jax.device_get(state)
         require_finite(host.trained, step, self._last_good)
         costs = build.measure_costs(self.config, host.served)
+        frozen = widths_frozen(host.observed[STATISTICS])
+        if frozen is not None and not frozen:
+            validation = None  # It shall not be the best: its widths are not yet what they will be.
         logs.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
         logs.write(step, _per_layer(costs, host.variables), "layers")
         self.checkpoints.save(host, step, validation)

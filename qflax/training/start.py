@@ -17,8 +17,8 @@ from qflax.training.workdir import start_from
 def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], Iterable[jax.Array]]) -> dict:
     """Variables of step 0.
 
-    Accumulator-aware weights are projected onto what their accumulators allow (EP-init); activation ranges,
-    norm statistics and biases are then set again, behind the projected weights.
+    Another run's weights are projected onto what accumulators allow, where they are accumulator-aware
+    (EP-init); activation ranges, norm statistics and biases are then set again, behind the projected weights.
 
     Args:
       config: of the run.
@@ -29,10 +29,10 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], 
     """
     network = build.model(config)
     variables = initial_variables(network, data_format(config.dataset).image_shape, config.seed)
-    if config.init_from:
-        variables = start_from(pathlib.Path(config.init_from), variables)
-    original = variables
-    variables = calibrate(network, variables, batches(), train=True)
+    if not config.init_from:
+        return calibrate(network, variables, batches(), train=True)
+    original = start_from(pathlib.Path(config.init_from), variables)
+    variables = calibrate(network, original, batches(), train=True)
     example = next(iter(batches()))[:1]
     _, state = network.apply(variables, example, train=False, mutable=[BUDGETS])
     if not state.get(BUDGETS):

@@ -41,3 +41,8 @@ def test_bounds_get_tighter_and_the_exact_one_is_attained():
         exact, norm = width_of_extremes(low, high), norm_width(positive + negative, int(input_bits), signed)
         assert exact <= norm <= data_type_width(len(w), int(bits), int(input_bits), signed)
         assert exact == 1 or low < -(2 ** (exact - 2)) or high > 2 ** (exact - 2) - 1  # And no bit less.
+
+
+def test_unsigned_weights_may_be_twice_as_large():
+    assert data_type_width(10, 4, 4, False, weight_signed=False) == norm_width(10 * 16, 4, False) == 13
+    assert data_type_width(10, 4, 4, False) == 12

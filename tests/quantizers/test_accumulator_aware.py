@@ -19,6 +19,7 @@ from qflax.quantizers import (
     Uniform,
     calibrate,
     project_weights,
+    quantizer_of,
     set_accumulator_bits,
     value_of,
 )
@@ -68,13 +69,16 @@ def test_every_integer_input_keeps_within_the_accumulator(activations, variant):
 @pytest.mark.parametrize(
     "activations,problem",
     [
-        (None, "it is float"),
-        (Minifloat(exponent_bits=4, mantissa_bits=3), "it is a minifloat"),
-        (Uniform(bits=4, granularity="per_channel"), "it is scaled per channel"),
+        (None, "it is float; quantize what comes before"),
+        (
+            Minifloat(exponent_bits=4, mantissa_bits=3),
+            "it is a minifloat; give the activations before it kind='uniform'",
+        ),
+        (Uniform(bits=4, granularity="per_channel"), "it is scaled per channel; .* granularity='per_tensor'"),
     ],
 )
 def test_other_inputs_are_an_error_that_says_what_to_do(activations, problem):
-    with pytest.raises(UserError, match=f"conv: accumulator_bits=12 needs .*{problem}; quantize the layer"):
+    with pytest.raises(UserError, match=f"conv: accumulator_bits=12 needs .*{problem}"):
         build(activations).init(jax.random.key(0), X)
 
 
@@ -144,3 +148,23 @@ def test_a_dead_channel_stays_zero_through_calibration_and_gradient():
         variables["params"]
     )["conv"]["kernel"]
     assert np.isfinite(gradient).all() and not gradient[..., 2].any() and gradient[..., 0].any()
+
+
+def test_centring_a_single_weight_is_an_error():
+    x = np.zeros((1, 4, 4, 6), np.float32)
+    for variant in ("a2q", "a2q+"):
+        spec = AccumulatorAware(bits=4, accumulator_bits=12, variant=variant)
+        quantization = Quantization(weights=spec)
+        layer = Conv(6, (1, 1), feature_group_count=6, quantization=quantization)
+        inputs = quantizer_of(Uniform(bits=4, scale="constant", scale_value=1.0), weights=False).apply({}, x)
+        if variant == "a2q":
+            layer.init(jax.random.key(0), inputs)
+            continue
+        with pytest.raises(UserError, match="centres the weights.*one.*variant='a2q'"):
+            layer.init(jax.random.key(0), inputs)
+
+
+@pytest.mark.parametrize("bits", [1, 33])
+def test_impossible_accumulators_cannot_be_set(bits):
+    with pytest.raises(UserError, match="2 to 32 bits"):
+        set_accumulator_bits({}, bits)

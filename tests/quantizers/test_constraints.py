@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qflax.errors import UserError
 from qflax.quantizers import CONSTRAINTS, constrain, limit_gradients
 from qflax.quantizers.constraints import ANY_LOG2, NEGATIVE, POSITIVE, Box
 
@@ -39,3 +40,8 @@ def test_a_box_leaves_gradients_alone():
 
 def test_nothing_to_constrain_is_fine():
     assert constrain({}, {}) == {}
+
+
+def test_a_state_without_constraints_is_an_error_that_names_the_collection():
+    with pytest.raises(UserError, match="a: no constraints.*quantizer_constraints"):
+        constrain({"a": {"weights": {"scale": jnp.float32(1)}}}, {})

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
-from qflax.quantizers import PARAMETERS, STATISTICS, Minifloat, bits_of, calibrate, quantizer_of
+from qflax.quantizers import (
+    CONSTRAINTS,
+    PARAMETERS,
+    STATISTICS,
+    Minifloat,
+    bits_of,
+    calibrate,
+    constrain,
+    quantizer_of,
+)
 from qflax.quantizers.minifloat import MINIFLOAT_SCALES
 
 X = np.random.default_rng(0).normal(size=(32, 4, 6)).astype(np.float32)
@@ -94,3 +103,30 @@ def test_impossible_specs(fields, message):
 def test_statistics_of_activations_are_an_error():
     with pytest.raises(UserError, match="scale='statistic' is for weights"):
         calibrated(False, scale="statistic")
+
+
+@pytest.mark.parametrize("scale", ["static", "statistic", "log2", "range"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(exponent_bits=8, mantissa_bits=7, specials="ieee"),
+        dict(exponent_bits=8, mantissa_bits=3),
+        dict(exponent_bits=7, mantissa_bits=3, bias=0),
+        dict(exponent_bits=4, mantissa_bits=3, bias=60),
+    ],
+)
+def test_extreme_formats_can_be_scaled(fields, scale):
+    model, variables = calibrated(True, scale=scale, **fields)
+    variables = {**variables, **model.apply(variables, X, mutable=[CONSTRAINTS])[1]}
+    if PARAMETERS in variables:
+        variables[PARAMETERS] = constrain(variables[PARAMETERS], variables)
+    q = model.apply({k: v for k, v in variables.items() if k != CONSTRAINTS}, X)
+    large = np.abs(X) > 0.1
+    error = np.abs(q.value - X)[large] / np.abs(X)[large]
+    assert np.max(error) <= 2.0 ** -(model.format.mantissa_bits + 1) and np.isfinite(q.value).all()
+
+
+def test_the_format_of_scales_has_a_spec_too():
+    spec = Minifloat(exponent_bits=8, mantissa_bits=0, specials="nan", signed=False, subnormals=False)
+    y = quantizer_of(spec, weights=False).apply({}, np.float32([0.3, 1.0, 5.0])).value
+    np.testing.assert_array_equal(y, [0.25, 1.0, 4.0])

@@ -67,6 +67,10 @@ def test_starts_with_its_bits_and_stays_on_its_grid_when_frozen(parametrization,
             np.testing.assert_array_equal(power_of_two(q.scale), q.scale)
 
 
+def constraint_of(model, variables):
+    return model.apply(variables, X, mutable=[CONSTRAINTS])[1]
+
+
 def gradients(model, variables, x):
     def loss(parameters):
         q = model.apply({**variables, PARAMETERS: parameters}, x)
@@ -106,6 +110,39 @@ def test_gradients_of_the_other_parametrizations_follow_from_the_first():
     np.testing.assert_allclose(width["step"], -x_max / d / ((x_max + d) * np.log(2)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("x_max", np.linspace(0.5, 3, 40).tolist())
+def test_at_the_bounds_of_the_width_gradients_are_the_same(bits, x_max):
+    model, variables = calibrated(bits=bits)
+    start = {"step": jnp.float32(x_max) / (2 ** (bits - 1) - 1), "x_max": jnp.float32(x_max)}
+    parameters = constrain(start, constraint_of(model, variables))
+    free = quantizer_of(MixedPrecision(bits=bits, min_bits=2, max_bits=12), weights=True)
+    same = {**variables, PARAMETERS: parameters}
+    for ours, unbounded in zip(gradients(model, same, X), gradients(free, same, X), strict=True):
+        assert ours["x_max"] != 0
+        for name in ours:
+            np.testing.assert_allclose(ours[name], unbounded[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_calibrating_a_frozen_quantizer_keeps_its_width_and_fits_its_range(parametrization):
+    model, variables = calibrated(bits=8, parametrization=parametrization)
+    variables = frozen(variables, 3)
+    before = np.mean((model.apply(variables, X).value - X) ** 2)
+    variables = calibrate(model, variables, [X])
+    q = model.apply(variables, X)
+    assert bits_of(q) == 3 and np.mean((q.value - X) ** 2) <= 1.5 * before
+
+
+@pytest.mark.parametrize("step,x_max", [(0.72, 0.8), (0.3, 1.1), (0.011, 2.0)])
+def test_steps_of_powers_of_two_stay_monotone(step, x_max):
+    model, variables = calibrated(power_of_two=True)
+    variables = {**variables, PARAMETERS: {"step": jnp.float32(step), "x_max": jnp.float32(x_max)}}
+    x = np.linspace(-4, 4, 999, dtype=np.float32)
+    q = model.apply(variables, x)
+    assert np.all(np.diff(q.value) >= 0) and bits_of(q) <= 8
+
+
 def test_a_frozen_width_gets_no_gradient_and_the_range_that_of_its_step():
     model, variables = calibrated()
     values, widths = gradients(model, frozen(variables), X)
@@ -130,10 +167,6 @@ def test_a_training_pass_records_the_width_and_freezing_keeps_it():
     q, state = model.apply(variables, X, mutable=[STATISTICS])
     assert bits_of(q) == state[STATISTICS]["bits"] == 3
     assert widths_frozen({}) is None
-
-
-def constraint_of(model, variables):
-    return model.apply(variables, X, mutable=[CONSTRAINTS])[1]
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
@@ -198,6 +231,7 @@ def test_impossible_specs(fields, message):
         MixedPrecision(**fields)
 
 
-def test_signed_data_has_no_single_bit():
+@pytest.mark.parametrize("fields", [dict(bits=1), dict(bits=4, min_bits=1)])
+def test_signed_data_has_no_single_bit(fields):
     with pytest.raises(UserError, match="bits=1: signed data has at least 2"):
-        quantizer_of(MixedPrecision(bits=1), weights=True).init(jax.random.key(0), X)
+        quantizer_of(MixedPrecision(**fields), weights=True).init(jax.random.key(0), X)

@@ -1,9 +1,12 @@
 """Default specs and ordered rules on layer paths."""
 
+import dataclasses
+
 import pytest
 
 from qflax.errors import UserError
-from qflax.quantizers import Uniform, quantization_from_config
+from qflax.quantizers import AccumulatorAware, Minifloat, MixedPrecision, Uniform, quantization_from_config
+from qflax.quantizers.spec import kind_of
 
 WEIGHTS = {"bits": 4, "granularity": "per_channel"}
 ACTIVATIONS = {"bits": 3}
@@ -129,3 +132,31 @@ def test_rule_that_matches_no_layer_is_refused_with_the_closest():
 def test_role_that_no_matched_layer_has_is_refused():
     message = message_of(policy({"layers": "conv*", "activations": {"bits": 8}}).check, SITES)
     assert "rules[0]" in message and "no activations" in message and "weights" in message
+
+
+@pytest.mark.parametrize(
+    "base,change",
+    [
+        (AccumulatorAware(bits=4, accumulator_bits=16), {"accumulator_bits": 12, "bits": 8}),
+        (Minifloat(exponent_bits=4, mantissa_bits=3, specials="nan"), {"scale": "range"}),
+        (Minifloat(exponent_bits=4, mantissa_bits=3), {"exponent_bits": 5, "mantissa_bits": 2}),
+        (MixedPrecision(bits=4), {"max_bits": 6}),
+        (Uniform(bits=4, scale="range"), {"bits": 8}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_some_fields_of_any_kind_can_be_changed(base, change):
+    fields = {"kind": kind_of(base), **dataclasses.asdict(base)}
+    expected = dataclasses.replace(base, **change)
+    assert policy({"layers": "a*", "weights": change}, weights=fields).spec("weights", "abc") == expected
+    then = policy({"layers": "*", "weights": fields}, {"layers": "a*", "weights": change})
+    assert then.spec("weights", "abc") == expected and then.spec("weights", "b") == base
+
+
+def test_a_field_of_another_kind_is_an_error_that_lists_the_kind_s():
+    p = policy(
+        {"layers": "*", "weights": {"granularty": "per_channel"}},
+        weights={"kind": "mixed_precision", "bits": 4},
+    )
+    message = message_of(p.spec, "weights", "conv")
+    assert "rules[0].weights.granularty" in message and "did you mean 'granularity'" in message

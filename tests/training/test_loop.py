@@ -8,6 +8,7 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.training import evaluate_workdir, loop, train
+from qflax.training.checkpoints import Checkpoints
 from qflax.training.meter import Meter, require_finite
 from qflax.training.workdir import load_workdir
 
@@ -76,6 +77,7 @@ def test_a_run_leaves_a_complete_workdir(finished):
     assert result["parameters"] == 75_290 and result["weight_bytes"] == 74_800 * 4 / 8 + 10 * 4
     assert result["widths_frozen"] and not result["missed_size_targets"]
     assert result["activation_bytes_sum"] <= 48 * 1024 < 6 / 8 * result["activation_elements"]
+    assert Checkpoints(workdir, read_only=True).best_step() >= 6  # Of those with frozen widths.
     assert list((workdir / "tensorboard").glob("events.*"))
     assert "conv_init" in (workdir / "layers.txt").read_text()
     lines = log_lines(workdir)

@@ -52,5 +52,15 @@ def test_other_targets_compile_nothing(config):
 
 
 def test_targets_without_learned_widths_are_an_error(config):
-    with pytest.raises(UserError, match=r"size_targets.activation_kib_max=8.0: no width is learned"):
+    with pytest.raises(
+        UserError, match=r"size_targets.activation_kib_max=8.0: no width of activations is learned"
+    ):
         build.check_quantization(config)
+
+
+def test_a_target_needs_learned_widths_of_its_own_role(config):
+    config.activations = dict(kind="mixed_precision", bits=6)
+    with pytest.raises(UserError, match=r"size_targets.weight_kib=70.0: no width of weights is learned"):
+        build.check_quantization(config)
+    config.size_targets.weight_kib = 0.0
+    build.check_quantization(config)

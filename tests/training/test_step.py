@@ -48,13 +48,20 @@ def assert_close(a, b, rtol):
 
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
-@pytest.mark.parametrize("quantized,tolerance", [(False, 1e-4), (True, 1e-2)])
-def test_one_and_two_devices_make_the_same_step(tiny_config, dataset, quantized, tolerance):
+@pytest.mark.parametrize("kind,tolerance", [("float", 1e-4), ("averages", 1e-2), ("learned", 1e-2)])
+def test_one_and_two_devices_make_the_same_step(tiny_config, dataset, kind, tolerance):
     # The devices add a batch up in another order. Behind quantizers such a difference in the last place
     # moves the odd value over a rounding boundary, by a whole step.
     tiny_config.augmentation.mixup_alpha = 0.5
-    tiny_config.activations = dict(bits=4, scale="ema", statistic="absmax") if quantized else None
-    tiny_config.weights = tiny_config.weights if quantized else None
+    if kind == "float":
+        tiny_config.weights = tiny_config.activations = None
+    elif kind == "averages":
+        tiny_config.activations = dict(bits=4, scale="ema", statistic="absmax")
+    else:
+        tiny_config.activations = dict(kind="mixed_precision", bits=6)
+        tiny_config.size_targets.activation_kib_sum = 24.0
+        a2q = dict(kind="accumulator_aware", bits=4, accumulator_bits=14)
+        tiny_config.rules = (dict(layers="stage*", weights=a2q),)
     one, two = (run(tiny_config, dataset, n, [1])[0] for n in (1, 2))
     start = build.state(tiny_config, initial_variables(build.model(tiny_config), (32, 32, 3), 1))
     for name in ("trained", "observed"):

@@ -42,6 +42,7 @@ def test_accumulators_by_type_by_norm_and_exactly():
     bounds = Accumulation(
         depth=72,
         input_signed=False,
+        weight_signed=True,
         positive=np.uint32([40, 3]),
         negative=np.uint32([10, 60]),
         weight_bits=4,
