@@ -58,12 +58,21 @@ def test_one_and_two_devices_make_the_same_step(tiny_config, dataset, kind, tole
     elif kind == "averages":
         tiny_config.activations = dict(bits=4, scale="ema", statistic="absmax")
     else:
-        tiny_config.activations = dict(kind="mixed_precision", bits=6)
-        tiny_config.size_targets.activation_kib_sum = 24.0
-        a2q = dict(kind="accumulator_aware", bits=4, accumulator_bits=14)
-        tiny_config.rules = (dict(layers="stage*", weights=a2q),)
+        learned(tiny_config)
     one, two = (run(tiny_config, dataset, n, [1])[0] for n in (1, 2))
-    start = build.state(tiny_config, initial_variables(build.model(tiny_config), (32, 32, 3), 1))
+    assert_same_updates(tiny_config, one, two, tolerance)
+
+
+def learned(config):
+    """Changes the configuration to learned widths and accumulator-aware weights."""
+    config.activations = dict(kind="mixed_precision", bits=6)
+    config.size_targets.activation_kib_sum = 24.0
+    a2q = dict(kind="accumulator_aware", bits=4, accumulator_bits=14)
+    config.rules = (dict(layers="stage*", weights=a2q),)
+
+
+def assert_same_updates(config, one, two, tolerance):
+    start = build.state(config, initial_variables(build.model(config), (32, 32, 3), 1))
     for name in ("trained", "observed"):
         a, b, zero = (
             np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(getattr(state, name))])
@@ -80,6 +89,12 @@ def test_several_steps_in_a_dispatch_equal_single_ones(tiny_config, dataset):
         both, losses = run(tiny_config, dataset, 1, [2], unroll)
         assert_close(single.trained, both.trained, 2e-4)
         np.testing.assert_allclose(losses, single_losses, rtol=1e-4)
+
+
+def test_learned_widths_and_accumulators_go_through_a_loop(tiny_config, dataset):
+    learned(tiny_config)
+    looped, written_out = (run(tiny_config, dataset, 1, [2], unroll)[0] for unroll in (False, True))
+    assert_same_updates(tiny_config, looped, written_out, 1e-2)
 
 
 def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_config, dataset):
