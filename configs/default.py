@@ -43,23 +43,39 @@ def accumulator_aware(**fields) -> ml_collections.ConfigDict:
     return quantizer("accumulator_aware", **fields)
 
 
+def truncation(**fields) -> ml_collections.ConfigDict:
+    """The first bits of integers, see qflax/quantizers/truncation.py."""
+    return quantizer("truncation", **fields)
+
+
+def integer_bias(**fields) -> ml_collections.ConfigDict:
+    """Biases on the accumulator's grid, see qflax/quantizers/integer_bias.py."""
+    return quantizer("integer_bias", **fields)
+
+
 def get_config() -> ml_collections.ConfigDict:
     """Returns the default configuration: a float ResNet-20 on CIFAR-10."""
     config = ml_collections.ConfigDict()
 
     # Network.
-    config.model = "resnet20"  # resnet8, 20, 32, 44, 56, 110 for 32x32 images.
+    config.model = "resnet20"  # resnet8, 20, 32, 44, 56, 110 (16 to 64 channels), 18, 34, 50 (64 to 512).
+    config.stem = "3x3"  # 3x3 for small images, 7x7 with stride 2 and a max pool for those of ImageNet.
     config.shortcut = "A"  # Where the shape changes: A pads with zeros, B is a 1x1 convolution.
+    # signed: as in the paper. unsigned: both operands of an addition pass one activation layer before it, so
+    # that integer hardware adds codes of one unsigned grid.
+    config.residual = "signed"
     config.batch_norm_momentum = 0.9  # Weight of the old running statistics.
     config.batch_norm_epsilon = 1e-5
     config.dtype = "float32"  # Of convolutions in training: float32 or bfloat16. Evaluation is float32.
 
     # Quantization: None is float; else one of the specs above, for instance
     # uniform(bits=4, scale="lsq", granularity="per_channel").
-    config.weights = None
-    config.activations = None
+    config.weights = None  # Kernels of convolutions and dense layers.
+    config.activations = None  # Outputs of activation functions.
+    config.outputs = None  # Outputs of convolutions and dense layers.
+    config.biases = None  # integer_bias() or float.
     # Exceptions, later ones override earlier ones: mappings with `layers`, a glob pattern on layer paths,
-    # and None or changed spec fields for `weights` and/or `activations`.
+    # and None or changed spec fields for one or several of the above.
     config.rules = ()
     config.calibration_examples = 1024  # Training images from which ranges are set before the first step.
     config.calibration_batch_size = 256  # Ranges are averaged over whole batches of that size.
@@ -96,6 +112,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.gradient_clip = 0.0  # Largest global norm of the gradient; 0 is off.
     config.loss = "cross_entropy"  # cross_entropy or squared_hinge.
     config.label_smoothing = 0.1
+    # Distillation: (1 - weight) * loss + weight * temperature^2 * KL divergence of the teacher's softened
+    # predictions on the same augmented images from the network's own.
+    config.distillation = ml_collections.ConfigDict()
+    config.distillation.teacher = ""  # Workdir of the teacher; "" is off.
+    config.distillation.weight = 0.5
+    config.distillation.temperature = 4.0
     config.ema_decay = 0.0  # Evaluate an exponential average of the weights; 0 is off.
     config.quantizer_optimizer = "sgd"  # sgd or adam, for scales and ranges.
     config.quantizer_learning_rate = 0.1  # The peak; same schedule.

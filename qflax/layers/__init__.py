@@ -6,7 +6,7 @@ from qflax.layers.conv import Conv
 from qflax.layers.corrections import correct_biases, reestimate_norms
 from qflax.layers.cost import COST, LayerCost, layer_costs, sizes, sown_costs
 from qflax.layers.dense import Dense
-from qflax.layers.pool import AveragePool
+from qflax.layers.pool import AveragePool, MaxPool
 from qflax.layers.residual import Add
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Conv",
     "Dense",
     "LayerCost",
+    "MaxPool",
     "Quantize",
     "correct_biases",
     "layer_costs",

@@ -63,19 +63,24 @@ class Accumulation:
         return max(width_of_extremes(low, high) for low, high in extremes)
 
 
-def accumulation(
-    kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray
-) -> Accumulation | None:
-    """The bounds' ingredients, or None where the sums are not sums of integers.
+def has_integer_sums(kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray) -> bool:
+    """Whether sums of products of the two are sums of integers behind one scale.
 
-    That is where an operand is no integer format, or where a scale differs within a sum: of inputs per
+    They are not where an operand is no integer format, or where a scale differs within a sum: of inputs per
     channel.
     """
     integers = IntegerFormat | LearnedInteger
-    for operand in (kernel, inputs):
-        if not (isinstance(operand, QuantizedArray) and isinstance(operand.format, integers)):
-            return None
-    if inputs.scale.ndim > 0:
+    quantized = all(
+        isinstance(x, QuantizedArray) and isinstance(x.format, integers) for x in (kernel, inputs)
+    )
+    return quantized and inputs.scale.ndim == 0
+
+
+def accumulation(
+    kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray
+) -> Accumulation | None:
+    """The bounds' ingredients, or None where the sums are not sums of integers."""
+    if not has_integer_sums(kernel, inputs):
         return None
     positive, negative = code_sums(jnp.round(kernel.value / kernel.scale))
     fmt = inputs.format

@@ -8,7 +8,7 @@ import jax
 
 from qflax.layers.cost import report
 from qflax.layers.operands import quantize_activations
-from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of
+from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
 
 
 class Activation(nn.Module):
@@ -52,15 +52,15 @@ class Quantize(nn.Module):
     quantization: Quantization = FLOAT
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array | QuantizedArray:
+    def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, ...] to the same shape; quantized values come with their grid."""
         quantizer = quantize_activations(self, self.quantization, self.signed, by_default=False)
-        y = x if quantizer is None else quantizer(x)
+        y = value_of(x) if quantizer is None else quantizer(value_of(x), x)
         report(
             self,
             kind="activation",
             roles=("activations",),
-            activations=0 if quantizer is None else math.prod(x.shape[1:]),
+            activations=0 if quantizer is None else math.prod(value_of(x).shape[1:]),
             activation_bits=bits_of(y),
         )
         return y

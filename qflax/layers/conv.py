@@ -5,13 +5,17 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from qflax.layers.accumulation import accumulation
 from qflax.layers.cost import report
-from qflax.layers.operands import compute_dtype, quantize_weights
-from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
+from qflax.layers.operands import (
+    compute_dtype,
+    product_cost,
+    quantize_bias,
+    quantize_outputs,
+    quantize_weights,
+)
+from qflax.quantizers import FLOAT, Quantization, QuantizedArray, value_of
 
 
 class Conv(nn.Module):
@@ -25,9 +29,9 @@ class Conv(nn.Module):
       strides: of both dimensions.
       padding: `SAME`, `VALID`, or (before, after) for height and width.
       feature_group_count: groups; `in` for a depthwise convolution.
-      use_bias: whether a float bias is added.
+      use_bias: whether a bias is added.
       dtype: dtype of the operands after quantization; None is the input's.
-      quantization: the policy, asked for this layer's `weights`.
+      quantization: the policy, asked for this layer's `weights`, `biases` and `outputs`.
     """
 
     features: int
@@ -42,8 +46,10 @@ class Conv(nn.Module):
     quantization: Quantization = FLOAT
 
     @nn.compact
-    def __call__(self, inputs: jax.Array | QuantizedArray) -> jax.Array:
-        """Maps [batch, height, width, in] to [batch, height', width', features]."""
+    def __call__(self, inputs: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
+        """Maps [batch, height, width, in] to [batch, height', width', features]; quantized outputs come with
+        their grid.
+        """
         x = value_of(inputs)
         channels = x.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
@@ -59,16 +65,13 @@ class Conv(nn.Module):
             feature_group_count=self.feature_group_count,
         )
         if self.use_bias:
-            y += jnp.asarray(self.param("bias", self.bias_init, (self.features,)), dtype)
+            bias = self.param("bias", self.bias_init, (self.features,))
+            y += quantize_bias(self, self.quantization, bias, quantized, inputs).astype(dtype)
+        outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,
             kind="conv",
-            roles=("weights",),
-            weights=math.prod(shape),
-            biases=self.features * self.use_bias,
             macs=math.prod(y.shape[1:3]) * math.prod(shape),
-            weight_bits=bits_of(quantized),
-            input_bits=bits_of(inputs),
-            accumulation=accumulation(quantized, inputs),
+            **product_cost(self, self.quantization, quantized, inputs, outputs),
         )
-        return y
+        return outputs

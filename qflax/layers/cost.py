@@ -24,10 +24,11 @@ class LayerCost:
       kind: `conv`, `dense` or `activation`.
       roles: what rules may say about the layer.
       weights: elements of the kernel.
-      biases: elements of the bias, 32 bits each.
+      biases: elements of the bias.
       macs: multiply-accumulate operations.
-      activations: elements that an activation layer writes.
-      weight_bits, input_bits, activation_bits: bits per element, on average over channels; 32 is float.
+      activations: elements that an activation layer writes, or another one whose outputs are quantized.
+      weight_bits, bias_bits, input_bits, activation_bits: bits per element, on average over channels; 32 is
+        float, of a bias also an integer of that width.
       accumulation: for bounds on the accumulator; None where sums are not of integers.
     """
 
@@ -39,6 +40,7 @@ class LayerCost:
     macs: int = flax.struct.field(pytree_node=False, default=0)
     activations: int = flax.struct.field(pytree_node=False, default=0)
     weight_bits: jax.Array | int = 32
+    bias_bits: jax.Array | int = 32
     input_bits: jax.Array | int = 32
     activation_bits: jax.Array | int = 32
     accumulation: Accumulation | None = None
@@ -46,7 +48,7 @@ class LayerCost:
     @property
     def weight_bytes(self):
         """Bytes of kernel and bias."""
-        return (self.weights * self.weight_bits + self.biases * 32) / 8
+        return (self.weights * self.weight_bits + self.biases * self.bias_bits) / 8
 
     @property
     def activation_bytes(self):
@@ -60,11 +62,18 @@ class LayerCost:
 
 
 def report(module: nn.Module, **fields) -> None:
-    """Sows the cost of `module` where the collection is mutable, but not among initial variables."""
+    """Sows the cost of `module` where the collection is mutable, but not among initial variables.
+
+    A layer that is called several times computes and stores several times, but has its parameters once.
+    """
     if module.is_initializing():
         return
     cost = LayerCost(path="/".join(module.path), **fields)
-    module.sow(COST, "cost", cost, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    module.sow(COST, "cost", cost, reduce_fn=_append, init_fn=tuple)
+
+
+def _append(earlier: tuple[LayerCost, ...], cost: LayerCost) -> tuple[LayerCost, ...]:
+    return (*earlier, cost.replace(weights=0, biases=0) if earlier else cost)
 
 
 def sown_costs(state: Mapping) -> tuple[LayerCost, ...]:
@@ -72,7 +81,7 @@ def sown_costs(state: Mapping) -> tuple[LayerCost, ...]:
 
     def walk(tree):
         for value in tree.values():
-            yield from [value] if isinstance(value, LayerCost) else walk(value)
+            yield from value if isinstance(value, tuple) else walk(value)
 
     return tuple(walk(state.get(COST, {})))
 

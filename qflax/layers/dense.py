@@ -4,13 +4,17 @@ import math
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from qflax.layers.accumulation import accumulation
 from qflax.layers.cost import report
-from qflax.layers.operands import compute_dtype, quantize_weights
-from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
+from qflax.layers.operands import (
+    compute_dtype,
+    product_cost,
+    quantize_bias,
+    quantize_outputs,
+    quantize_weights,
+)
+from qflax.quantizers import FLOAT, Quantization, QuantizedArray, value_of
 
 
 class Dense(nn.Module):
@@ -20,9 +24,9 @@ class Dense(nn.Module):
 
     Attributes:
       features: outputs.
-      use_bias: whether a float bias is added.
+      use_bias: whether a bias is added.
       dtype: dtype of the operands after quantization; None is the input's.
-      quantization: the policy, asked for this layer's `weights`.
+      quantization: the policy, asked for this layer's `weights`, `biases` and `outputs`.
     """
 
     features: int
@@ -33,8 +37,8 @@ class Dense(nn.Module):
     quantization: Quantization = FLOAT
 
     @nn.compact
-    def __call__(self, inputs: jax.Array | QuantizedArray) -> jax.Array:
-        """Maps [..., in] to [..., features]."""
+    def __call__(self, inputs: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
+        """Maps [..., in] to [..., features]; quantized outputs come with their grid."""
         x = value_of(inputs)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
@@ -42,16 +46,13 @@ class Dense(nn.Module):
         dtype = compute_dtype(self.dtype, x)
         y = x.astype(dtype) @ value_of(quantized).astype(dtype)
         if self.use_bias:
-            y += jnp.asarray(self.param("bias", self.bias_init, (self.features,)), dtype)
+            bias = self.param("bias", self.bias_init, (self.features,))
+            y += quantize_bias(self, self.quantization, bias, quantized, inputs).astype(dtype)
+        outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,
             kind="dense",
-            roles=("weights",),
-            weights=math.prod(shape),
-            biases=self.features * self.use_bias,
             macs=math.prod(x.shape[1:-1]) * math.prod(shape),
-            weight_bits=bits_of(quantized),
-            input_bits=bits_of(inputs),
-            accumulation=accumulation(quantized, inputs),
+            **product_cost(self, self.quantization, quantized, inputs, outputs),
         )
-        return y
+        return outputs

@@ -1,38 +1,64 @@
 """Models by name."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from qflax.errors import choose
-from qflax.layers import Activation, Add, AveragePool, Conv, Dense, Quantize
-from qflax.models.resnet_cifar import SHORTCUTS, CifarResNet, conv_init
+from qflax.layers import Activation, Add, AveragePool, Conv, Dense, MaxPool, Quantize
+from qflax.models.resnet import (
+    RESIDUALS,
+    SHORTCUTS,
+    STEMS,
+    BasicBlock,
+    Block,
+    Bottleneck,
+    ResNet,
+    conv_init,
+)
 from qflax.quantizers import FLOAT, Quantization
 
-# Depth 6n+2 has n blocks in each of three stages.
-_CIFAR_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
-MODELS = tuple(_CIFAR_BLOCKS)
+class _Architecture(NamedTuple):
+    block: type[Block]
+    stage_sizes: tuple[int, ...]
+    num_filters: int
+
+
+# Of He et al. 2016: section 4.2 with depth 6n+2 and n blocks a stage, and section 4.1.
+_ARCHITECTURES = {
+    **{f"resnet{6 * n + 2}": _Architecture(BasicBlock, (n,) * 3, 16) for n in (1, 3, 5, 7, 9, 18)},
+    "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3), 64),
+}
+
+MODELS = tuple(_ARCHITECTURES)
 
 
 def build_model(
     name: str,
     *,
     num_classes: int,
+    stem: str,
     shortcut: str,
+    residual: str,
     batch_norm_momentum: float,
     batch_norm_epsilon: float,
     dtype: jnp.dtype = jnp.float32,
     quantization: Quantization = FLOAT,
     axis_name: str | None = None,
-) -> nn.Module:
+) -> ResNet:
     """Makes a network whose layers follow a quantization policy.
 
     Args:
       name: one of `MODELS`.
       num_classes: number of outputs.
+      stem: `3x3` for small images, `7x7` for those of ImageNet.
       shortcut: `A` (no parameters) or `B` (1x1 convolution).
+      residual: what is added, `signed` (as in the paper) or `unsigned` (codes of one grid), see `Block`.
       batch_norm_momentum: weight of the old running statistics.
       batch_norm_epsilon: added to the variance.
       dtype: dtype of convolutions and norms; parameters, statistics and quantizers stay float32.
@@ -40,15 +66,19 @@ def build_model(
       axis_name: mapped axis that shares a batch: its norm statistics are those of the whole batch.
 
     Raises:
-      UserError: unknown name or shortcut.
+      UserError: unknown name or choice.
     """
     choose("model", name, MODELS)
+    choose("stem", stem, STEMS)
     choose("shortcut", shortcut, SHORTCUTS)
+    choose("residual", residual, RESIDUALS)
     policy = {"quantization": quantization}
-    return CifarResNet(
-        stage_sizes=(_CIFAR_BLOCKS[name],) * 3,
+    return ResNet(
+        **_ARCHITECTURES[name]._asdict(),
         num_classes=num_classes,
+        stem=stem,
         shortcut=shortcut,
+        residual=residual,
         conv=functools.partial(Conv, use_bias=False, dtype=dtype, kernel_init=conv_init, **policy),
         dense=functools.partial(Dense, dtype=dtype, kernel_init=nn.initializers.zeros, **policy),
         norm=functools.partial(
@@ -62,4 +92,5 @@ def build_model(
         quantize=functools.partial(Quantize, **policy),
         add=functools.partial(Add, **policy),
         pool=functools.partial(AveragePool, **policy),
+        max_pool=MaxPool,
     )

@@ -3,7 +3,7 @@
 from qflax.numerics.accumulator import accumulator_extremes, data_type_width, norm_width, width_of_extremes
 from qflax.numerics.accumulator_aware import AccumulatorBudget, accumulator_aware_codes, code_sums
 from qflax.numerics.division import quotient
-from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, sum_to_shape
+from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
 from qflax.numerics.minifloat import MINIFLOAT_SURROGATES, MinifloatEstimator, MinifloatFormat
 from qflax.numerics.mixed_precision import (
@@ -43,6 +43,7 @@ __all__ = [
     "round_straight_through",
     "round_to_integer",
     "scale_gradient",
+    "straight_through",
     "sum_to_shape",
     "width_of_extremes",
 ]

@@ -45,6 +45,16 @@ def _power_of_two_forward(x):
 power_of_two.defvjp(_power_of_two_forward, lambda ratio, g: (g * ratio,))
 
 
+@jax.custom_vjp
+def straight_through(value: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns `value` exactly; the gradient goes to `x` (Bengio et al. 2013, section 3)."""
+    del x
+    return value
+
+
+straight_through.defvjp(lambda value, x: (value, None), lambda _, g: (jnp.zeros_like(g), g))
+
+
 def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sums over the axes along which an operand of `shape` was broadcast to the shape of `x`."""
     leading = x.ndim - len(shape)

@@ -5,11 +5,13 @@ from qflax.quantizers.base import Quantizer
 from qflax.quantizers.calibration import calibrate
 from qflax.quantizers.collections import BUDGETS, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
 from qflax.quantizers.constraints import constrain, limit_gradients
+from qflax.quantizers.integer_bias import IntegerBias
 from qflax.quantizers.minifloat import Minifloat
 from qflax.quantizers.mixed_precision import MixedPrecision, freeze_widths, widths_frozen
 from qflax.quantizers.quantized_array import QuantizedArray, bits_of, value_of
 from qflax.quantizers.rules import FLOAT, Quantization, Rule, quantization_from_config
-from qflax.quantizers.spec import KINDS, Spec, quantizer_of, spec_from_dict
+from qflax.quantizers.spec import KINDS, ROLES, Spec, quantizer_of, spec_from_dict
+from qflax.quantizers.truncation import Truncation
 from qflax.quantizers.uniform import Uniform
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "KINDS",
     "PARAMETERS",
     "PENALTIES",
+    "ROLES",
     "STATISTICS",
     "AccumulatorAware",
+    "IntegerBias",
     "Minifloat",
     "MixedPrecision",
     "Quantization",
@@ -28,6 +32,7 @@ __all__ = [
     "Quantizer",
     "Rule",
     "Spec",
+    "Truncation",
     "Uniform",
     "bits_of",
     "calibrate",

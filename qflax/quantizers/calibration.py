@@ -54,4 +54,6 @@ def calibrate(
 
 def _counts(path: tuple, roles: Sequence[str]) -> bool:
     """Whether a statistic counts batches for a quantizer of these roles, which layers name after them."""
-    return path[-1].key == "count" and (len(path) == 1 or path[-2].key in roles)
+    if path[-1].key != "count":
+        return False
+    return len(path) == 1 or ("weights" if path[-2].key == "weights" else "activations") in roles

@@ -21,12 +21,14 @@ class QuantizedArray:
       scale: float32, scalar or [channels].
       zero_point: integer-valued float32, like `scale`.
       format: the number format of the codes.
+      symmetric: whether the zero point is known to be 0.
     """
 
     value: jax.Array
     scale: jax.Array
     zero_point: jax.Array
     format: IntegerFormat | LearnedInteger | MinifloatFormat
+    symmetric: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 def value_of(x: jax.Array | QuantizedArray) -> jax.Array:

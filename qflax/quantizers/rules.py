@@ -5,9 +5,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from qflax.errors import UserError, closest, require
-from qflax.quantizers.spec import Spec, kind_of, spec_from_dict
-
-ROLES = ("weights", "activations")
+from qflax.quantizers.spec import ROLES, Spec, kind_of, spec_from_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +14,8 @@ class Rule:
 
     Attributes:
       layers: pattern on the path, `/` between module names; `*` also crosses `/`.
-      overrides: role (`weights`, `activations`) -> None for float, or the spec's fields to change; with
-        `kind` among them, a spec of its own.
+      overrides: role (one of `spec.ROLES`) -> None for float, or the spec's fields to change; with `kind`
+        among them, a spec of its own.
     """
 
     layers: str
@@ -35,6 +33,9 @@ class Quantization:
     Attributes:
       weights: default for the kernel of every convolution and dense layer; None is float.
       activations: default for the output of every activation function; None is float.
+      outputs: default for the outputs of every convolution and dense layer, before norm and activation
+        function; None is float.
+      biases: default for their biases; None is float.
       rules: exceptions, in order. Places that are float by default (the input, the branches of a
         residual addition, ...) are quantized by a rule only.
       axis_name: mapped axis that shares a batch, for running averages.
@@ -42,6 +43,8 @@ class Quantization:
 
     weights: Spec | None = None
     activations: Spec | None = None
+    outputs: Spec | None = None
+    biases: Spec | None = None
     rules: Sequence[Rule] = ()
     axis_name: str | None = None
 
@@ -49,7 +52,7 @@ class Quantization:
         """The spec in force for `role` at the layer `path`.
 
         Args:
-          role: `weights` or `activations`.
+          role: one of `spec.ROLES`.
           path: the layer's path, `/` between module names.
           by_default: whether the layer takes the default spec without a rule.
         """
@@ -58,7 +61,7 @@ class Quantization:
         for i, rule in enumerate(self.rules):
             if role in rule.overrides and rule.matches(path):
                 base = spec or default
-                spec = _override(base, rule.overrides[role], f"rules[{i}].{role}")
+                spec = _override(base, rule.overrides[role], role, f"rules[{i}].{role}")
         return spec
 
     def check(self, sites: Iterable[tuple[str, str]]) -> None:
@@ -83,13 +86,8 @@ class Quantization:
 FLOAT = Quantization()  # Quantizes nothing.
 
 
-def quantization_from_config(
-    weights: Mapping | None,
-    activations: Mapping | None,
-    rules: Iterable[Mapping],
-    axis_name: str | None = None,
-) -> Quantization:
-    """Makes the policy from a config's fields `weights`, `activations` and `rules`.
+def quantization_from_config(config: Mapping, axis_name: str | None = None) -> Quantization:
+    """Makes the policy from a config's fields `rules` and those named after the roles.
 
     A rule is a mapping such as `{"layers": "conv_init", "weights": {"bits": 8}, "activations": None}`.
 
@@ -97,7 +95,7 @@ def quantization_from_config(
       UserError: unknown fields or impossible values, naming the field.
     """
     parsed = []
-    for i, fields in enumerate(rules):
+    for i, fields in enumerate(config["rules"]):
         require(
             isinstance(fields, Mapping) and isinstance(fields.get("layers"), str),
             f"rules[{i}]={fields!r}: a rule is a mapping with 'layers' (a pattern) and overrides",
@@ -114,15 +112,11 @@ def quantization_from_config(
             )
         require(bool(overrides), f"rules[{i}]={fields!r}: changes nothing; add {' or '.join(ROLES)}")
         parsed.append(Rule(fields["layers"], overrides))
-    return Quantization(
-        spec_from_dict(weights, "weights"),
-        spec_from_dict(activations, "activations"),
-        tuple(parsed),
-        axis_name,
-    )
+    defaults = {role: spec_from_dict(config[role], role, role) for role in ROLES}
+    return Quantization(**defaults, rules=tuple(parsed), axis_name=axis_name)
 
 
-def _override(base: Spec | None, fields: Mapping | None, where: str) -> Spec | None:
+def _override(base: Spec | None, fields: Mapping | None, role: str, where: str) -> Spec | None:
     if fields is None or base is None or "kind" in fields:
-        return spec_from_dict(fields, where)
-    return spec_from_dict({"kind": kind_of(base), **dataclasses.asdict(base), **fields}, where)
+        return spec_from_dict(fields, role, where)
+    return spec_from_dict({"kind": kind_of(base), **dataclasses.asdict(base), **fields}, role, where)

@@ -53,7 +53,7 @@ class ScaledQuantizer(Quantizer):
             x = _pact_clip(x, scale * fmt.threshold, fmt.signed)
             scale = jax.lax.stop_gradient(scale)
         if self._calibrating and not self.weights:
-            return QuantizedArray(value=x, scale=scale, zero_point=zero_point, format=fmt)
+            return self._on_grid(x, scale, zero_point)
         stochastic = spec.rounding == "stochastic" and self.has_rng("quantization")
         key = self.make_rng("quantization") if stochastic else None
         if isinstance(fmt, MinifloatFormat):
@@ -62,7 +62,11 @@ class ScaledQuantizer(Quantizer):
         else:
             operands = (scale, zero_point)
         value = fmt.fake_quant(x, *operands, estimator=spec.estimator, key=key)
-        return QuantizedArray(value=value, scale=scale, zero_point=zero_point, format=fmt)
+        return self._on_grid(value, scale, zero_point)
+
+    def _on_grid(self, value: jax.Array, scale: jax.Array, zero_point: jax.Array) -> QuantizedArray:
+        symmetric = self.spec.symmetric
+        return QuantizedArray(value, scale, zero_point, self.format, symmetric)
 
     @property
     def _averaging(self) -> bool:

@@ -24,8 +24,7 @@ from qflax.training.step import TrainStep
 
 def quantization(config: ml_collections.ConfigDict, axis_name: str | None = None) -> Quantization:
     """The quantization policy."""
-    fields = config.to_dict()
-    return quantization_from_config(fields["weights"], fields["activations"], fields["rules"], axis_name)
+    return quantization_from_config(config.to_dict(), axis_name)
 
 
 def model(
@@ -39,7 +38,9 @@ def model(
     return build_model(
         config.model,
         num_classes=data_format(config.dataset).num_classes,
+        stem=config.stem,
         shortcut=config.shortcut,
+        residual=config.residual,
         batch_norm_momentum=config.batch_norm_momentum,
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(dtype),
@@ -60,11 +61,12 @@ def check_quantization(config: ml_collections.ConfigDict) -> None:
     costs = measure_costs(config, variables)
     quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)
     leaves = jax.tree_util.tree_leaves_with_path(variables[STATISTICS])
+    # Quantizers are named after their roles; outputs are activations, too.
     learned = {path[-2].key for path, _ in leaves if path[-1].key == "frozen"}
     for name, size in config.size_targets.items():
         role = "weights" if name.startswith("weight") else "activations"
         require(
-            role in learned or not size,
+            not size or role in learned or (role == "activations" and "outputs" in learned),
             f"config.size_targets.{name}={size!r}: no width of {role} is learned; give them "
             "kind='mixed_precision', or set the target to 0",
         )

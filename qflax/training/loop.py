@@ -69,7 +69,11 @@ class Trainer:
             f"config.batch_size={config.batch_size}: there are {self.num_examples} training images; lower it",
         )
         self.rates = build.learning_rates(config, self.num_examples)
-        self.numbers = build.hyperparameters(config), build.penalties(config, len(self.rates))
+        self.numbers = (
+            build.hyperparameters(config),
+            build.penalties(config, len(self.rates)),
+            self.devices.replicate(workdir_lib.load_teacher(config)),
+        )
         self.evaluate = None
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)

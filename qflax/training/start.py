@@ -8,7 +8,7 @@ import ml_collections
 
 from qflax.data import data_format
 from qflax.layers import correct_biases, reestimate_norms
-from qflax.quantizers import BUDGETS, calibrate, project_weights
+from qflax.quantizers import BUDGETS, ROLES, calibrate, project_weights
 from qflax.training import build
 from qflax.training.state import initial_variables
 from qflax.training.workdir import start_from
@@ -44,5 +44,5 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], 
     variables = reestimate_norms(build.model(immediate), variables, batches())
     reference = config.copy_and_resolve_references()
     with reference.unlocked():
-        reference.weights, reference.activations, reference.rules = None, None, ()
+        reference.update({role: None for role in ROLES}, rules=())
     return correct_biases(network, variables, build.model(reference), original, batches())

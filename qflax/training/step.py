@@ -21,6 +21,7 @@ from qflax.quantizers import (
     limit_gradients,
     widths_frozen,
 )
+from qflax.training.distillation import Teacher, distillation_loss
 from qflax.training.losses import LOSSES, smooth
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_optimizer
 from qflax.training.parallel import AXIS
@@ -65,6 +66,7 @@ class TrainStep:
         relative_rates: jax.Array,
         numbers: Hyperparameters,
         penalties: Penalties,
+        teacher: Teacher | None = None,
         *,
         unroll: bool,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -77,6 +79,7 @@ class TrainStep:
           relative_rates: [steps], from the schedule.
           numbers: of the optimizer.
           penalties: beside the loss of the task.
+          teacher: whose predictions are learned, too, or None.
           unroll: write the steps out instead of looping: in a loop (even one of a single round, such as
             a scan that is unrolled) XLA's CPU backend computes a convolution's weight gradient tens of
             times slower.
@@ -86,7 +89,7 @@ class TrainStep:
         """
 
         def body(state, rate):
-            return self(state, index, data, rate, numbers, penalties)
+            return self(state, index, data, rate, numbers, penalties, teacher)
 
         if not unroll:
             return jax.lax.scan(body, state, relative_rates)
@@ -104,11 +107,14 @@ class TrainStep:
         relative_rate: jax.Array,
         numbers: Hyperparameters,
         penalties: Penalties,
+        teacher: Teacher | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Makes one step; arguments and results as of `many`, for one step."""
         key = jax.random.key(data.seed)
         images, labels = self._batch(jax.random.fold_in(key, 0), state.step, index, data)
         labels = smooth(labels, numbers.label_smoothing)
+        soft_labels = None if teacher is None else teacher(images)
+        inputs = normalize(images, self.mean, self.std)
         # The same on all devices, so that stochastically rounded weights are the same on all.
         rngs = {"quantization": jax.random.fold_in(jax.random.fold_in(key, 1), state.step)}
 
@@ -117,9 +123,13 @@ class TrainStep:
 
         def loss_of(trained):
             logits, new = self.model.apply(
-                {**trained, **state.observed}, images, train=True, mutable=[*OBSERVED, *reported], rngs=rngs
+                {**trained, **state.observed}, inputs, train=True, mutable=[*OBSERVED, *reported], rngs=rngs
             )
-            task, extra = jnp.mean(LOSSES[self.loss](logits, labels)), {}
+            task, extra = {"loss": jnp.mean(LOSSES[self.loss](logits, labels))}, {}
+            if teacher is not None:
+                soft = jnp.mean(distillation_loss(logits, soft_labels, teacher.temperature))
+                mixed = (1 - teacher.weight) * task["loss"] + teacher.weight * soft
+                task = {"loss": mixed, "distillation_loss": soft}
             if learns_widths:
                 extra = sizes(sown_costs(new))
                 extra["size_penalty"] = penalties.of_sizes(extra, state.step)
@@ -127,14 +137,14 @@ class TrainStep:
                 total = sum(jax.tree.leaves(new[PENALTIES]))
                 extra["accumulator_penalty"] = penalties.accumulator_strength * total
             penalty = sum(value for name, value in extra.items() if name.endswith("_penalty"))
-            return task + penalty, (task, logits, new, extra)
+            return task["loss"] + penalty, (task, logits, new, extra)
 
         results, gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
-        _, (loss, logits, new, extra) = results
+        _, (task, logits, new, extra) = results
         gradients = jax.lax.pmean(gradients, AXIS)
         gradients[PARAMETERS] = limit_gradients(gradients[PARAMETERS], state.trained[PARAMETERS], new)
         metrics = {
-            "loss": loss,
+            **task,
             "accuracy": jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(labels, -1), dtype=jnp.float32),
         }
         metrics = {
@@ -151,7 +161,7 @@ class TrainStep:
         return self._update(state, gradients, observed, new, relative_rate, numbers), metrics
 
     def _batch(self, key, step, index, data):
-        """This device's share of the batch: float32 images and label distributions."""
+        """This device's share of the batch: float32 images, values 0..255, and label distributions."""
         share = self.batch_size // self.num_devices
         start = step * self.batch_size
         places = index * share + jnp.arange(share)
@@ -161,7 +171,7 @@ class TrainStep:
             # The partner is the next image of the whole batch, wherever it is computed.
             others = take(data.window, data.first_epoch, start + (places + 1) % self.batch_size)
             partners = (data.images[others], data.labels[others])
-        images, labels = augment(
+        return augment(
             key,
             start + places,
             data.images[chosen],
@@ -171,7 +181,6 @@ class TrainStep:
             num_classes=self.num_classes,
             fill=255 * jnp.asarray(self.mean),  # Zero after normalisation, as in the cutout paper.
         )
-        return normalize(images, self.mean, self.std), labels
 
     def _update(
         self,

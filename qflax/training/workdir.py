@@ -6,14 +6,16 @@ from collections.abc import Mapping
 
 import jax
 import ml_collections
+import numpy as np
 from clu import parameter_overview
 
 from qflax import config as config_lib
-from qflax.data import Dataset, load
+from qflax.data import Dataset, data_format, load
 from qflax.errors import require
 from qflax.layers import LayerCost
 from qflax.training import build
 from qflax.training.checkpoints import open_checkpoints
+from qflax.training.distillation import Teacher
 from qflax.training.evaluate import Evaluator
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
@@ -82,6 +84,32 @@ def start_from(workdir: pathlib.Path, variables: Mapping) -> dict:
         )
         variables[collection] = state.served[collection]
     return variables
+
+
+def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
+    """The network that `config.distillation` names, with the last checkpoint's variables.
+
+    Raises:
+      UserError: it is no workdir, or its network reads other images or tells other classes.
+    """
+    fields = config.distillation
+    if not fields.teacher:
+        return None
+    its, state = load_workdir(pathlib.Path(fields.teacher))
+    own_format, its_format = data_format(config.dataset), data_format(its.dataset)
+    require(
+        own_format == its_format,
+        f"config.distillation.teacher={fields.teacher!r}: trained on {its.dataset} ({its_format}), not on "
+        f"{config.dataset} ({own_format}); name a run on {config.dataset}",
+    )
+    return Teacher(
+        model=build.model(its, dtype=config.dtype),
+        mean=tuple(its.mean),
+        std=tuple(its.std),
+        variables=state.served,
+        weight=np.float32(fields.weight),
+        temperature=np.float32(fields.temperature),
+    )
 
 
 def record_start(workdir: pathlib.Path, step: int, origin: Mapping) -> None:

@@ -1,5 +1,7 @@
 """Layers report what they cost; counts agree with counting by hand."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,9 +61,39 @@ def test_order_is_the_network_s(abstract):
     init = lambda: model.init(jax.random.key(0), EXAMPLE)  # noqa: E731
     costs = layer_costs(model, jax.eval_shape(init) if abstract else init(), EXAMPLE)
     assert [cost.path for cost in costs] == ["z_conv", "m_act", "b_depth", "y_add", "a_dense"]
-    assert [cost.roles for cost in costs] == [
-        (role,) for role in ["weights", "activations", "weights", "activations", "weights"]
+    product, biased = ("weights", "outputs"), ("weights", "outputs", "biases")
+    assert [cost.roles for cost in costs] == [biased, ("activations",), product, ("activations",), biased]
+
+
+def test_a_layer_that_is_called_twice_computes_and_stores_twice():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            conv, act = Conv(3, (1, 1), name="conv"), Activation(name="act")
+            return act(conv(act(conv(x))))
+
+    costs = layer_costs(Twice(), Twice().init(jax.random.key(0), EXAMPLE), EXAMPLE)
+    pixels = math.prod(EXAMPLE.shape[1:3])
+    assert [(c.path, c.weights, c.biases, c.macs, c.activations) for c in costs] == [
+        ("conv", 9, 3, 9 * pixels, 0),
+        ("conv", 0, 0, 9 * pixels, 0),
+        ("act", 0, 0, 0, 3 * pixels),
+        ("act", 0, 0, 0, 3 * pixels),
     ]
+
+
+def test_quantized_outputs_are_stored_and_integer_biases_have_their_bits():
+    quantization = Quantization(
+        weights=Uniform(bits=4),
+        activations=Uniform(bits=3),
+        outputs=Uniform(bits=5),
+        rules=(Rule("z_conv", {"outputs": None}), Rule("b_depth", {"outputs": {"bits": 7}})),
+    )
+    conv, _, depth, _, dense = costs_of(quantization)
+    assert (conv.activations, depth.activations, dense.activations) == (0, 4 * 4 * 6, 10)
+    assert (depth.activation_bits, dense.activation_bits) == (7, 5)
+    cost = LayerCost("a", "dense", ("weights",), weights=100, biases=10, weight_bits=4, bias_bits=16)
+    assert cost.weight_bytes == 100 * 4 / 8 + 10 * 2
 
 
 def test_bits_are_those_of_the_quantizers_and_their_inputs():

@@ -13,7 +13,8 @@ ACTIVATIONS = {"bits": 3}
 
 
 def policy(*rules, weights=WEIGHTS, activations=ACTIVATIONS):
-    return quantization_from_config(weights, activations, rules)
+    fields = dict(weights=weights, activations=activations, outputs=None, biases=None, rules=rules)
+    return quantization_from_config(fields)
 
 
 def message_of(function, *args):

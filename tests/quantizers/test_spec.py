@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qflax.errors import UserError
-from qflax.quantizers import Uniform, spec_from_dict
+from qflax.quantizers import ROLES, IntegerBias, Uniform, spec_from_dict
 from qflax.quantizers.uniform import SCALES
 
 
@@ -63,20 +63,20 @@ def test_impossible_value_is_named_with_the_choices(fields, parts):
     ],
 )
 def test_mapping_errors_name_the_config_field(fields, parts):
-    message = message_of(spec_from_dict, fields, "weights")
+    message = message_of(spec_from_dict, fields, "weights", "weights")
     for part in parts:
         assert part in message
 
 
 def test_none_is_float_and_kind_may_be_left_out():
-    assert spec_from_dict(None, "weights") is None
-    assert spec_from_dict({"bits": 3, "scale": "ema"}, "weights") == Uniform(bits=3, scale="ema")
-    assert spec_from_dict({"kind": "uniform", "bits": 3}, "weights") == Uniform(bits=3)
+    assert spec_from_dict(None, "weights", "weights") is None
+    assert spec_from_dict({"bits": 3, "scale": "ema"}, "activations", "here") == Uniform(bits=3, scale="ema")
+    assert spec_from_dict({"kind": "uniform", "bits": 3}, "weights", "weights") == Uniform(bits=3)
 
 
 def test_spec_survives_the_way_through_a_mapping():
     spec = Uniform(bits=5, scale="constant", scale_value=0.25, surrogate="ewgs", narrow=False)
-    assert spec_from_dict(dataclasses.asdict(spec), "x") == spec
+    assert spec_from_dict(dataclasses.asdict(spec), "weights", "x") == spec
     assert hash(spec) == hash(dataclasses.replace(spec))
 
 
@@ -111,3 +111,23 @@ def test_asymmetric_lsq_starts_from_the_squared_error():
 def test_format_takes_the_layer_s_choice_where_the_spec_has_none(fields, layer, expected):
     fmt = Uniform(bits=4, **fields).number_format(signed=layer[0], narrow=layer[1])
     assert (fmt.lowest, fmt.highest) == expected
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "fields"),
+    [
+        ("activations", "accumulator_aware", {"bits": 4, "accumulator_bits": 16}),
+        ("weights", "truncation", {"bits": 8}),
+        ("outputs", "truncation", {"bits": 8}),
+        ("biases", "uniform", {"bits": 8}),
+        ("weights", "integer_bias", {}),
+    ],
+)
+def test_a_role_has_kinds_of_its_own(role, kind, fields):
+    message = message_of(spec_from_dict, {"kind": kind, **fields}, role, f"rules[2].{role}")
+    assert message.startswith(f"rules[2].{role}.kind={kind!r}")
+    assert all(choice in message for choice in ROLES[role]) and kind not in ROLES[role]
+
+
+def test_biases_are_integers_without_naming_the_kind():
+    assert spec_from_dict({"bits": 16}, "biases", "biases") == IntegerBias(bits=16)

@@ -1,4 +1,4 @@
-"""Residual networks for small images: published sizes, structure, and the float network as a special case."""
+"""Residual networks: published sizes, structure, and the float network as a special case."""
 
 import flax.linen as nn
 import jax
@@ -18,11 +18,15 @@ SMALL = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 FLOAT = Quantization()
 
 
-def make(name="resnet20", shortcut="A", quantization=FLOAT, **fields):
+def make(
+    name="resnet20", shortcut="A", quantization=FLOAT, stem="3x3", residual="signed", num_classes=10, **fields
+):
     return build_model(
         name,
-        num_classes=10,
+        num_classes=num_classes,
+        stem=stem,
         shortcut=shortcut,
+        residual=residual,
         batch_norm_momentum=0.9,
         batch_norm_epsilon=1e-5,
         quantization=quantization,
@@ -171,7 +175,7 @@ def test_sixteen_bits_are_close_to_float_and_two_are_not():
 
 def test_training_updates_norm_statistics_and_every_weight_gets_a_gradient():
     weights = Uniform(bits=4, scale="statistic")
-    quantization = Quantization(weights, Uniform(bits=4, scale="constant", scale_value=0.3))
+    quantization = Quantization(weights, activations=Uniform(bits=4, scale="constant", scale_value=0.3))
     model = make("resnet8", "B", quantization)
     variables = filled(model)
 
@@ -186,11 +190,70 @@ def test_training_updates_norm_statistics_and_every_weight_gets_a_gradient():
     assert not any(jax.tree.leaves(same))
 
 
+IMAGENET = {"stem": "7x7", "shortcut": "B", "num_classes": 1000}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "parameters"),
+    [
+        # As published with torchvision's weights, and usual for CIFAR-10.
+        ("resnet18", IMAGENET, 11_689_512),
+        ("resnet34", IMAGENET, 21_797_672),
+        ("resnet50", IMAGENET, 25_557_032),
+        ("resnet18", {"shortcut": "B"}, 11_173_962),
+        ("resnet18", {"shortcut": "B", "residual": "unsigned"}, 11_173_962),
+        ("resnet34", {"shortcut": "B"}, 21_282_122),
+        ("resnet50", {"shortcut": "B"}, 23_520_842),
+    ],
+)
+def test_wide_resnets_have_the_published_sizes(name, fields, parameters):
+    model = make(name, **fields)
+    assert size(abstract(model)["params"]) == parameters
+
+
+@pytest.mark.parametrize(("name", "macs"), [("resnet18", 1_814_073_344), ("resnet50", 4_089_184_256)])
+def test_imagenet_resnets_multiply_as_often_as_published(name, macs):
+    model, example = make(name, **IMAGENET), np.zeros((1, 224, 224, 3), np.float32)
+    assert sum(cost.macs for cost in layer_costs(model, abstract(model), example, train=False)) == macs
+
+
+def test_unsigned_residuals_add_rectified_branches():
+    # With norms that turn the branch negative, nothing of it is left, and the shortcut passes unchanged.
+    model, signed = (make("resnet8", "B", residual=residual) for residual in ("unsigned", "signed"))
+    variables = filled(model)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, filled(signed))
+    params = variables["params"]
+    block = params["stage1_block1"]
+    block["norm2"] = {"scale": jnp.zeros(16), "bias": -jnp.ones(16)}
+    changed = {
+        **params,
+        "stage1_block1": {**block, "norm2": {"scale": jnp.zeros(16), "bias": -2 * jnp.ones(16)}},
+    }
+    logits = [logits_of(model, {**variables, "params": p}) for p in (params, changed)]
+    np.testing.assert_array_equal(*logits)
+    logits = [logits_of(signed, {**variables, "params": p}) for p in (params, changed)]
+    assert np.any(logits[0] != logits[1])
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet50"])
+def test_unsigned_residuals_share_the_quantizer_of_the_shortcut(name):
+    quantization = Quantization(activations=Uniform(bits=4, scale="range"))
+    model = make(name, "B", residual="unsigned", quantization=quantization)
+    projected = [path for path, own in abstract(model)[PARAMETERS].items() if "act_shortcut" in own]
+    # The first stage of ResNet-8 has as many channels as the stem, that of ResNet-50 four times as many.
+    assert len(projected) == {"resnet8": 2, "resnet50": 4}[name]
+    paths = [c.path for c in costs_of(model) if c.activations]
+    assert paths.count("act_init") == (2 if name == "resnet8" else 1)
+    assert paths.count(f"{projected[0]}/act_shortcut") == 2
+
+
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
         ({"name": "resnet21"}, ["model='resnet21'", "did you mean", *MODELS]),
         ({"shortcut": "C"}, ["shortcut='C'", "A, B"]),
+        ({"stem": "5x5"}, ["stem='5x5'", "3x3, 7x7"]),
+        ({"residual": "sign"}, ["residual='sign'", "did you mean", "signed, unsigned"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_choices(fields, parts):

@@ -1,0 +1,16 @@
+"""ResNet-18 with 4-bit weights and activations for 12-bit accumulators (A2Q).
+
+python train.py --config=configs/resnet18_w4a4_a2q_12b_cifar10.py \\
+    --config.init_from=runs/resnet18_float_cifar10
+
+Not measured yet.
+"""
+
+from configs import resnet18_w4a4_a2q_16b_cifar10
+
+
+def get_config():
+    """Returns the configuration."""
+    config = resnet18_w4a4_a2q_16b_cifar10.get_config()
+    config.weights.accumulator_bits = 12
+    return config

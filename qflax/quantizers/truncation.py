@@ -1,0 +1,73 @@
+"""Truncation: integers that are on a grid already lose their last bits."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qflax.errors import choose, require
+from qflax.numerics import IntegerFormat, quotient, round_to_integer, straight_through
+from qflax.quantizers.base import Quantizer
+from qflax.quantizers.checks import check_whole
+from qflax.quantizers.quantized_array import QuantizedArray
+
+_MOST_BITS = 18  # A float32 mean of a thousand codes is off by less than half of one.
+_ROUNDING_MODES = ("floor", "half_even", "ceil", "toward_zero")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """Keeps the first `bits` bits of integers, as hardware does by a shift: floor(code / 2^k) behind 2^k
+    times the scale, with k the bits that are too many.
+
+    For the output of an average pool of integers, as Brevitas' `TruncAvgPool2d` and QONNX's `Trunc`. The
+    gradient passes unchanged.
+
+    Attributes:
+      bits: to keep, 1 to 16; integers that have no more stay as they are.
+      rounding: `floor`, `half_even`, `ceil` or `toward_zero`.
+    """
+
+    bits: int
+    rounding: str = "floor"
+
+    def __post_init__(self):
+        check_whole(self, "bits", 1, 16, "truncation keeps 1 to 16 bits")
+        choose("rounding", self.rounding, _ROUNDING_MODES)
+
+
+class TruncationQuantizer(Quantizer):
+    """Truncates what comes in as a `QuantizedArray` of integers with one scale. It has no variables."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: jax.Array | QuantizedArray | None = None) -> QuantizedArray:
+        """Truncates `inputs`, whose value `x` is.
+
+        Raises:
+          UserError: `inputs` are no integers of a fixed width with one scale and no zero point.
+        """
+        ok = isinstance(inputs, QuantizedArray) and isinstance(inputs.format, IntegerFormat)
+        ok = ok and inputs.scale.ndim == 0 and inputs.symmetric
+        require(
+            ok,
+            f"{'/'.join(self.path[:-1])}: kind='truncation' drops bits of integers, and here come none (of "
+            "a fixed width, with one scale and no zero point); quantize the activations before with "
+            "kind='uniform' and symmetric=True, or give this place kind='uniform' too",
+        )
+        fmt = inputs.format
+        require(
+            fmt.bits <= _MOST_BITS,
+            f"{'/'.join(self.path[:-1])}: kind='truncation' of {fmt.bits} bits, which a float32 mean does "
+            f"not hold exactly; at most {_MOST_BITS} are: lower the bits of the activations before",
+        )
+        dropped = max(fmt.bits - self.spec.bits, 0)
+        codes = jnp.round(quotient(x.astype(jnp.float32), inputs.scale))
+        codes = round_to_integer(codes * 2.0**-dropped, self.spec.rounding)
+        fmt = IntegerFormat(bits=fmt.bits - dropped, signed=fmt.signed)
+        # Rounding up may leave the last code.
+        codes = jnp.clip(codes, fmt.lowest, fmt.highest)
+        scale = inputs.scale * 2.0**dropped
+        # In a calibration pass activations stay as they are.
+        value = x if self._calibrating else straight_through(codes * scale, x)
+        return QuantizedArray(value=value, scale=scale, zero_point=inputs.zero_point, format=fmt)
