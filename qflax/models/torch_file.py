@@ -53,7 +53,7 @@ class _Tensor(NamedTuple):
 class _Unpickler(pickle.Unpickler):
     """Describes tensors and refuses all else, for a pickle is a program that may call anything.
 
-    The names that it knows become strings, named tuples and bound methods, whose state no pickle can set.
+    The names that it knows become strings, named tuples and bound methods, whose behaviour no pickle can change.
     """
 
     def find_class(self, module: str, name: str):
