@@ -53,7 +53,8 @@ class _Tensor(NamedTuple):
 class _Unpickler(pickle.Unpickler):
     """Describes tensors and refuses all else, for a pickle is a program that may call anything.
 
-    The names that it knows become strings, named tuples and bound methods, whose behaviour no pickle can change.
+    What it makes are dictionaries, strings, named tuples and bound methods: no pickle can change how the
+    latter behave, and no array is made before its bounds are checked.
     """
 
     def find_class(self, module: str, name: str):
