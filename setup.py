@@ -34,6 +34,7 @@ setup(
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.4",
         "requests>=2.32",
+        "safetensors>=0.4.5",
         "scikit-learn>=1.5",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
