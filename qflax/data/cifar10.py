@@ -56,7 +56,7 @@ def read(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
         directory,
         ("train", "test"),
         if_damaged=_if_damaged(directory),
-        if_other_format="set TFDS_DATA_DIR or --config.data_dir to another directory to have it prepared there",
+        if_other_format="set TFDS_DATA_DIR or --config.data_dir to another directory to prepare it there",
     )
     prepared.check_files(builder, split, if_damaged=_if_damaged(directory))
     try:
