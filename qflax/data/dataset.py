@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qflax.data.streamed import StreamedDataset
 
 SPLITS = ("train", "validation", "test")
+_CROP = Crop()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +68,7 @@ def load(
     *,
     data_dir: str | None = None,
     validation_examples: int = 0,
-    crop: Crop = Crop(),  # noqa: B008 It is immutable.
+    crop: Crop = _CROP,
 ) -> "Dataset | StreamedDataset":
     """Loads one split of a registered dataset into memory, or opens it where it is large.
 
@@ -111,7 +112,7 @@ def load_training(
     *,
     data_dir: str | None = None,
     validation_examples: int = 0,
-    crop: Crop = Crop(),  # noqa: B008 It is immutable.
+    crop: Crop = _CROP,
 ) -> "tuple[Dataset, Dataset] | tuple[StreamedDataset, StreamedDataset]":
     """Loads the splits 'train' and 'validation' (which may be empty) in one reading.
 
@@ -149,7 +150,7 @@ class DataFormat:
     num_classes: int
 
 
-def data_format(name: str, crop: Crop = Crop()) -> DataFormat:  # noqa: B008 It is immutable.
+def data_format(name: str, crop: Crop = _CROP) -> DataFormat:
     """Returns the format of a registered dataset, without reading it; `crop` as of `load`."""
     if name not in _READERS:
         raise UserError(

@@ -25,7 +25,8 @@ _SHRUNK = {
 def decode_training(data: bytes, rng: np.random.Generator, crop: Crop) -> np.ndarray:
     """Decodes a random window and scales it to a square; it is not mirrored.
 
-    Shrinking is antialiased.
+    Shrinking is antialiased. A window of twice the size or more is rounded outwards to a multiple of
+    the 2, 4 or 8 pixels that libjpeg makes one of.
 
     Args:
         data: an image in JPEG, PNG or another format that Pillow knows, of any colour mode.

@@ -16,9 +16,9 @@ _NAME = "imagenet2012"
 # TFDS's own names; its 'test' has no public labels, so that results are those of its 'validation'.
 _STORED_SPLITS = {"train": "train", "test": "validation"}
 _BUILD = (
-    f"prepare it with `tfds build {_NAME} --file_format={prepared.FORMAT} --data_dir=DIR`, from "
-    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org in DIR/downloads/manual, and set "
-    "TFDS_DATA_DIR or --config.data_dir to DIR"
+    f"prepare it with TensorFlow and `tfds build {_NAME} --file_format={prepared.FORMAT} --data_dir=DIR`, "
+    "from image-net.org's ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in DIR/downloads/manual, and "
+    "set TFDS_DATA_DIR or --config.data_dir to DIR"
 )
 
 
@@ -45,10 +45,10 @@ class StoredRecords:
         origin = f"record {place} of {self.where}"
         try:
             stored = self.source[place]
-        except Exception as error:  # array_record and protobuf raise unrelated types.
-            raise UserError(f"{origin} is damaged ({prepared.reason(error)}); {_BUILD}") from error
-        name = stored["file_name"].decode(errors="replace")
-        return Record(stored["image"], stored["label"], f"{origin} ({name})")
+            name = stored["file_name"].decode(errors="replace")
+            return Record(stored["image"], int(stored["label"]), f"{origin} ({name})")
+        except Exception as error:  # array_record, protobuf and missing fields raise unrelated types.
+            raise UserError(f"{_NAME}: {origin} is damaged ({prepared.reason(error)}); {_BUILD}") from error
 
     def part(self, first: int, stop: int) -> "StoredRecords":
         """Returns the records from `first` up to and without `stop`."""
