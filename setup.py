@@ -30,6 +30,7 @@ setup(
         "jaxlib>=0.8",
         "ml-collections>=1.0",
         "numpy>=2.0",
+        "opencv-python-headless>=4.11",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.4",

@@ -6,7 +6,6 @@ import os
 import pathlib
 import tarfile
 import tempfile
-import textwrap
 import urllib.parse
 from collections.abc import Iterator
 from concurrent import futures
@@ -19,11 +18,11 @@ from absl import logging
 from PIL import Image
 from tensorflow_datasets.image_classification import cifar
 
+from qflax.data import prepared
 from qflax.errors import UserError
 
 _VERSION = "3.0.2"
 _SHAPE = (32, 32, 3)
-_FORMAT = "array_record"  # The one format of TFDS that is read and written without TensorFlow.
 _CHUNK = 2500  # Examples that a decoding thread takes at a time.
 _BLOCK_BYTES = 1 << 20
 _TIMEOUT_S = (10, 30)  # To connect; between two parts of the download.
@@ -48,38 +47,24 @@ def read(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: if the set is neither there nor to be had, or is damaged.
     """
-    root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = prepared.root(data_dir)
     directory = root / "cifar10" / _VERSION
     if not directory.exists():
         _prepare(root)
-    builder = _open(directory)
-    files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
-    names = ", ".join(str(path) for path in files)
-    if not all(path.is_file() for path in files):
-        raise _damaged(names, directory, "missing")
+    builder = prepared.open_builder(
+        "cifar10",
+        directory,
+        ("train", "test"),
+        if_damaged=_if_damaged(directory),
+        if_other_format="set TFDS_DATA_DIR or --config.data_dir to another directory to prepare it there",
+    )
+    prepared.check_files(builder, split, if_damaged=_if_damaged(directory))
     try:
         return _decode(builder, split)
     except Exception as error:  # array_record, protobuf and PIL raise unrelated types.
-        raise _damaged(names, directory, f"damaged ({_reason(error)})") from error
-
-
-def _open(directory: pathlib.Path) -> Any:
-    """Returns TFDS's read-only builder of a prepared directory."""
-    try:
-        builder = tfds.builder_from_directory(directory)
-        missing = {"train", "test"} - set(builder.info.splits)
-    except Exception as error:  # A missing or damaged JSON file raises unrelated types.
-        what = f"dataset_info.json or features.json in {directory}"
-        raise _damaged(what, directory, f"missing or damaged ({_reason(error)})") from error
-    if missing:
-        raise _damaged(f"the split {min(missing)!r} in {directory}", directory, "missing")
-    if builder.info.file_format.value != _FORMAT:
-        raise UserError(
-            f"cifar10: {directory} is in the format {builder.info.file_format.value!r}, which only "
-            f"TensorFlow reads; set TFDS_DATA_DIR or --config.data_dir to another directory to "
-            f"have it prepared there as {_FORMAT!r}"
-        )
-    return builder
+        names = ", ".join(map(str, builder.info.splits[split].filepaths))
+        reason = prepared.reason(error)
+        raise UserError(f"cifar10: {names} is damaged ({reason}); {_if_damaged(directory)}") from error
 
 
 def _decode(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +159,7 @@ def _prepare(root: pathlib.Path) -> None:
     except OSError as error:
         raise UserError(
             f"cifar10: not found under {root}, where nothing can be written either "
-            f"({_reason(error)}); {_REMEDY}"
+            f"({prepared.reason(error)}); {_REMEDY}"
         ) from error
 
 
@@ -183,12 +168,14 @@ def _write(builder: _Builder, root: pathlib.Path, archive: pathlib.Path) -> None
     config = tfds.download.DownloadConfig(manual_dir=archive.parent, try_download_gcs=False)
     with _scratch(root) as scratch:
         try:
-            builder.download_and_prepare(file_format=_FORMAT, download_dir=scratch, download_config=config)
+            builder.download_and_prepare(
+                file_format=prepared.FORMAT, download_dir=scratch, download_config=config
+            )
         except Exception as error:  # TFDS, tarfile and PIL raise unrelated types.
             if (root / "cifar10" / _VERSION).exists():
                 return  # Another process was faster.
             raise UserError(
-                f"cifar10: {archive} could not be prepared ({_reason(error)}); "
+                f"cifar10: {archive} could not be prepared ({prepared.reason(error)}); "
                 f"delete it where it was put by hand and start again, or {_REMEDY}"
             ) from error
 
@@ -201,12 +188,5 @@ def _scratch(root: pathlib.Path) -> Iterator[pathlib.Path]:
         yield pathlib.Path(name)
 
 
-def _damaged(what: str, directory: pathlib.Path, reason: str) -> UserError:
-    return UserError(
-        f"cifar10: {what} is {reason}; delete {directory} to have it prepared again, or {_REMEDY}"
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Returns the first line of an error's message, shortened."""
-    return textwrap.shorten(str(error).partition("\n")[0] or type(error).__name__, 300)
+def _if_damaged(directory: pathlib.Path) -> str:
+    return f"delete {directory} to have it prepared again, or {_REMEDY}"

@@ -1,13 +1,19 @@
-"""A split of an image classification dataset held in memory, and its loading by name."""
+"""A split of an image classification dataset held in memory, and the loading of datasets by name."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qflax.data.crop import Crop
 from qflax.errors import UserError, closest
 
+if TYPE_CHECKING:
+    from qflax.data.streamed import StreamedDataset
+
 SPLITS = ("train", "validation", "test")
+_CROP = Crop()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,9 +57,20 @@ class Dataset:
         """Number of examples."""
         return self.images.shape[0]
 
+    def part(self, first: int, stop: int) -> "Dataset":
+        """Returns the examples from `first` up to and without `stop`."""
+        return dataclasses.replace(self, images=self.images[first:stop], labels=self.labels[first:stop])
 
-def load(name: str, split: str, *, data_dir: str | None = None, validation_examples: int = 0) -> Dataset:
-    """Loads one split of a registered dataset into memory.
+
+def load(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    validation_examples: int = 0,
+    crop: Crop = _CROP,
+) -> "Dataset | StreamedDataset":
+    """Loads one split of a registered dataset into memory, or opens it where it is large.
 
     Args:
         name: one of `DATASETS`.
@@ -63,9 +80,11 @@ def load(name: str, split: str, *, data_dir: str | None = None, validation_examp
             variable TFDS_DATA_DIR, or ~/tensorflow_datasets where that is not set. Not used by
             'digits', which scikit-learn carries.
         validation_examples: how many training examples are held out for validation.
+        crop: what of an image is shown; for 'imagenet2012' alone, as the others have images of one
+            size.
 
     Returns:
-        The split.
+        The split; a `StreamedDataset` for 'imagenet2012'.
 
     Raises:
         UserError: if an argument is not valid, or the data is missing or damaged.
@@ -81,29 +100,28 @@ def load(name: str, split: str, *, data_dir: str | None = None, validation_examp
             "set it to 1 or more, or choose the split 'test'"
         )
     if split == "test":
-        return _dataset(name, *_READERS[name]("test", data_dir))
-    train, validation = load_training(name, data_dir=data_dir, validation_examples=validation_examples)
+        return _READERS[name]("test", data_dir, crop)
+    train, validation = load_training(
+        name, data_dir=data_dir, validation_examples=validation_examples, crop=crop
+    )
     return train if split == "train" else validation
 
 
 def load_training(
-    name: str, *, data_dir: str | None = None, validation_examples: int = 0
-) -> tuple[Dataset, Dataset]:
+    name: str,
+    *,
+    data_dir: str | None = None,
+    validation_examples: int = 0,
+    crop: Crop = _CROP,
+) -> "tuple[Dataset, Dataset] | tuple[StreamedDataset, StreamedDataset]":
     """Loads the splits 'train' and 'validation' (which may be empty) in one reading.
 
     Arguments and errors as of `load`.
     """
     data_format(name)  # Checks the name.
-    images, labels = _READERS[name]("train", data_dir)
-    first = _first_validation_example(name, len(labels), validation_examples)
-    return (
-        _dataset(name, images[:first], labels[:first]),
-        _dataset(name, images[first:], labels[first:]),
-    )
-
-
-def _dataset(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
-    return Dataset(images=images, labels=labels, num_classes=data_format(name).num_classes, name=name)
+    stored = _READERS[name]("train", data_dir, crop)
+    first = _first_validation_example(name, stored.num_examples, validation_examples)
+    return stored.part(0, first), stored.part(first, stored.num_examples)
 
 
 def _first_validation_example(name: str, stored: int, validation_examples: int) -> int:
@@ -132,33 +150,46 @@ class DataFormat:
     num_classes: int
 
 
-def data_format(name: str) -> DataFormat:
-    """Returns the format of a registered dataset, without reading it."""
+def data_format(name: str, crop: Crop = _CROP) -> DataFormat:
+    """Returns the format of a registered dataset, without reading it; `crop` as of `load`."""
     if name not in _READERS:
         raise UserError(
             f"unknown dataset {name!r}{closest(name, DATASETS)}; choose one of {_listed(DATASETS)}"
         )
-    return _FORMATS[name]
+    if name == "imagenet2012":
+        return DataFormat((crop.image_size, crop.image_size, 3), 1000)
+    return DataFormat((32, 32, 3), 10)
 
 
 # The readers' modules need libraries that are slow to import, so that each is imported when used.
-def _read_cifar10(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_cifar10(split: str, data_dir: str | None, crop: Crop) -> Dataset:
+    del crop
     from qflax.data import cifar10
 
-    return cifar10.read(split, data_dir)
+    images, labels = cifar10.read(split, data_dir)
+    return Dataset(images=images, labels=labels, num_classes=10, name="cifar10")
 
 
-def _read_digits(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
-    del data_dir  # scikit-learn carries the images.
+def _read_digits(split: str, data_dir: str | None, crop: Crop) -> Dataset:
+    del data_dir, crop  # scikit-learn carries the images.
     from qflax.data import digits
 
-    return digits.read(split)
+    images, labels = digits.read(split)
+    return Dataset(images=images, labels=labels, num_classes=10, name="digits")
 
 
-_READERS: dict[str, Callable[[str, str | None], tuple[np.ndarray, np.ndarray]]] = {
+def _read_imagenet(split: str, data_dir: str | None, crop: Crop) -> "StreamedDataset":
+    from qflax.data import imagenet
+    from qflax.data.streamed import StreamedDataset
+
+    records = imagenet.read(split, data_dir)
+    return StreamedDataset(name="imagenet2012", num_classes=1000, records=records, crop=crop)
+
+
+_READERS: dict[str, Callable[[str, str | None, Crop], "Dataset | StreamedDataset"]] = {
     "cifar10": _read_cifar10,
     "digits": _read_digits,
+    "imagenet2012": _read_imagenet,
 }
-_FORMATS = {"cifar10": DataFormat((32, 32, 3), 10), "digits": DataFormat((32, 32, 3), 10)}
 
 DATASETS = tuple(_READERS)

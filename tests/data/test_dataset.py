@@ -42,7 +42,7 @@ def test_contradictions(fields):
 
 
 def test_registered_names():
-    assert DATASETS == ("cifar10", "digits")
+    assert DATASETS == ("cifar10", "digits", "imagenet2012")
 
 
 @pytest.mark.parametrize("held_out", [1, 100, 1436])
@@ -63,7 +63,7 @@ def test_validation_examples_leave_the_test_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "digit"}, r"'digit' \(did you mean 'digits'\?\).*'cifar10', 'digits'"),
+        ({"name": "digit"}, r"'digit' \(did you mean 'digits'\?\).*'cifar10', 'digits', 'imagenet2012'"),
         ({"name": "xyz"}, "unknown dataset 'xyz'; choose"),
         ({"split": "valid"}, r"'valid'.*'train', 'validation', 'test'"),
         ({"split": "validation"}, "'validation' of digits is empty.*set it to 1 or more"),
