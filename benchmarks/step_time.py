@@ -23,7 +23,7 @@ from qflax.training import build
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
 from qflax.training.state import initial_variables
-from qflax.training.stream import Stream
+from qflax.training.stream import stream_of
 
 _LSQ = dict(scale="lsq", statistic="mse")
 _UINT4 = dict(bits=4, **_LSQ)
@@ -79,8 +79,9 @@ class Variant:
         step = functools.partial(build.train_step(config, devices).many, unroll=on_cpu)
         self._dispatch = devices.pmap(step, donate=True)
         self._state = devices.replicate(build.state(config, variables))
-        self._stream, self._at = Stream(dataset, 0, config.batch_size, devices), 0
-        self._rates = np.full(1 if on_cpu else 50, 0.01, np.float32)
+        stream = stream_of(dataset, 0, config.batch_size, devices)
+        self._rates = np.full(1 if on_cpu else stream.usual_steps, 0.01, np.float32)
+        self._data = (data for _, data in stream.dispatches(0, 10**6, len(self._rates)))
         self._numbers = build.hyperparameters(config), build.penalties(config, 10**6)
         began = time.perf_counter()
         self.step()
@@ -88,8 +89,7 @@ class Variant:
 
     def step(self) -> float:
         """Seconds per step of one dispatch."""
-        data = self._stream.at(self._at)
-        self._at += len(self._rates)
+        data = next(self._data)
         began = time.perf_counter()
         self._state, metrics = self._dispatch(self._state, data, self._rates, *self._numbers)
         jax.block_until_ready((self._state, metrics))

@@ -80,13 +80,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.calibration_examples = 1024  # Training images from which ranges are set before the first step.
     config.calibration_batch_size = 256  # Ranges are averaged over whole batches of that size.
 
-    # Start from the last checkpoint of this workdir, weights and norm statistics; "" is random.
+    # Start from the weights and norm statistics of this workdir's last checkpoint, or of a file of
+    # torchvision's (.pth or .safetensors); "" is random.
     config.init_from = ""
 
     # Data.
-    config.dataset = "cifar10"  # cifar10 or digits.
+    config.dataset = "cifar10"  # cifar10, digits or imagenet2012.
     config.data_dir = ""  # Where TFDS keeps its data sets; "" is $TFDS_DATA_DIR or TFDS's own default.
     config.validation_examples = 0  # Taken from the end of the training images; 0 trains on all of them.
+    config.crop = ml_collections.ConfigDict()  # Of photographs (imagenet2012); the others have a size.
+    config.crop.image_size = 224  # Side of what the network sees, in pixels.
+    config.crop.area = (0.08, 1.0)  # In training: least and largest share of the photograph,
+    config.crop.ratio = (3 / 4, 4 / 3)  # and of width to height, of a random crop.
+    config.crop.resize = 256  # In evaluation: length of the shorter side before the central crop.
+    config.num_workers = -1  # Processes that read and decode photographs; -1: one per core, 0: none but this.
     config.mean = (0.4914, 0.4822, 0.4465)  # Subtracted from pixels in [0, 1], per channel.
     config.std = (0.2470, 0.2435, 0.2616)  # Divides them.
     config.augmentation = ml_collections.ConfigDict()

@@ -24,4 +24,5 @@ def get_config():
     config.learning_rate = 0.4
     config.weight_decay = 1e-4
     config.calibration_batch_size = 128
+    config.eval_batch_size = 256
     return config

@@ -23,13 +23,7 @@ def train_main(arguments: Sequence[str]) -> int:
     app.define_help_flags()
 
     def run() -> None:
-        rest = _parse(flags.FLAGS, arguments, config)
-        if rest or config.value is None:
-            raise UserError(
-                f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE"
-                if rest
-                else "--config: missing; for instance --config=configs/quickstart.py"
-            )
+        _require_config(_parse(flags.FLAGS, arguments, config), config, "configs/quickstart.py")
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         _train(config.value, pathlib.Path(workdir.value or f"runs/{name}"))
 
@@ -57,6 +51,13 @@ def _train(config, workdir: pathlib.Path) -> None:
         f"weights {result['weight_bytes'] / 1024:.2f} KiB, {result['train_seconds']:.0f} s of training; "
         f"everything is in {workdir}"
     )
+
+
+def _require_config(rest: Sequence[str], config, example: str) -> None:
+    if rest:
+        raise UserError(f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE")
+    if config.value is None:
+        raise UserError(f"--config: missing; for instance --config={example}")
 
 
 def _parse(values, arguments: Sequence[str], config) -> list[str]:
@@ -94,8 +95,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
     evaluate.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     evaluate.set_defaults(run=_evaluate)
-    options = parser.parse_args(arguments)
+    importing = commands.add_parser(
+        "import", help="make a workdir of torchvision's weights", allow_abbrev=False
+    )
+    importing.add_argument("weights", type=pathlib.Path, help="a ResNet's .safetensors or .pth file")
+    importing.add_argument("--workdir", type=pathlib.Path, required=True, help="folder to make")
+    importing.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
+    importing.set_defaults(run=_import)
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and options.run is not _import:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     return _report_errors(lambda: options.run(options))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+    given = [f"--config={options.config}"] if options.config else []
+    _require_config(
+        _parse(values, ["qflax", *given, *options.rest], config), config, "configs/resnet18_fp32.py"
+    )
+    from qflax import runtime
+
+    runtime.configure()
+    from qflax.training.workdir import import_weights
+
+    count = import_weights(options.weights, config.value, options.workdir)
+    print(f"{count:,} parameters of {options.weights} are in {options.workdir}; evaluate them with")
+    print(f"qflax evaluate {options.workdir}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ FILE = "config.json"
 # Fields that change where and how fast a run goes, not what comes out; a resumed run may change them.
 OPERATIONAL = (
     "data_dir",
+    "num_workers",
     "num_devices",
     "steps_per_dispatch",
     "eval_batch_size",
@@ -93,6 +94,13 @@ FIELDS = {
     "dataset": _one_of(*DATASETS),
     "data_dir": _TEXT,
     "validation_examples": _COUNT_OR_ZERO,
+    "crop": {
+        "image_size": _COUNT,
+        "resize": _COUNT,
+        "area": _numbers(2, 0),
+        "ratio": _numbers(2, 0),
+    },
+    "num_workers": _number(-1, integer=True),
     "mean": _numbers(3, 0),
     "std": _numbers(3, 1e-6),
     "augmentation": {

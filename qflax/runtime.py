@@ -7,6 +7,11 @@ import re
 import jax
 
 
+def available_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def configure(batch_size: int = 1, num_devices: int = 0) -> None:
     """Prepares JAX for a program of qflax; settings of the user's own are left alone.
 
@@ -18,7 +23,7 @@ def configure(batch_size: int = 1, num_devices: int = 0) -> None:
       batch_size: of all devices together.
       num_devices: how many devices a CPU should be; 0 leaves it to the rule above.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     devices = int(forced[1]) if forced else jax.config.jax_num_cpu_devices
     if devices == -1:

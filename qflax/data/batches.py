@@ -5,29 +5,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from typing import NamedTuple
 
 import grain
-import numpy as np
 from absl import flags
 
+from qflax.data.dataset import Batch
 from qflax.errors import UserError
 
 _MOST_THREADS = 16
-
-
-class Batch(NamedTuple):
-    """Decoded examples, or a single one without the leading axis.
-
-    Attributes:
-        images: uint8 [batch, height, width, 3], values 0..255.
-        labels: int32 [batch].
-        mask: bool [batch], False for what only fills the batch.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    mask: np.ndarray
 
 
 class Batches:

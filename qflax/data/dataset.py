@@ -1,8 +1,8 @@
 """A split of an image classification dataset held in memory, and the loading of datasets by name."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,20 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 _CROP = Crop()
+
+
+class Batch(NamedTuple):
+    """Examples as they go to a network, or a single one without the leading axis.
+
+    Attributes:
+        images: uint8 [batch, height, width, channels], values 0..255.
+        labels: int32 [batch].
+        mask: bool [batch], False for what only fills the batch.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +74,15 @@ class Dataset:
     def part(self, first: int, stop: int) -> "Dataset":
         """Returns the examples from `first` up to and without `stop`."""
         return dataclasses.replace(self, images=self.images[first:stop], labels=self.labels[first:stop])
+
+    def calibration_batches(self, *, seed: int, batch_size: int, num_batches: int) -> Iterator[Batch]:
+        """Yields the first images of the training stream, as they are stored; the mask is True."""
+        from qflax.data.order import epoch_order  # Needs JAX, which decoding workers do without.
+
+        order = np.asarray(epoch_order(np.uint32(seed), 0, self.num_examples))
+        for first in range(0, num_batches * batch_size, batch_size):
+            chosen = order[first : first + batch_size]
+            yield Batch(self.images[chosen], self.labels[chosen], np.ones(batch_size, bool))
 
 
 def load(

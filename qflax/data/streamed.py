@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 import grain
 import numpy as np
 
-from qflax.data.batches import Batch, Batches
+from qflax.data.batches import Batches
 from qflax.data.crop import Crop
+from qflax.data.dataset import Batch
 from qflax.data.decode import decode_evaluation, decode_training
 from qflax.errors import UserError
 

@@ -69,3 +69,5 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 _READERS = {".safetensors": _read_safetensors, ".pth": read_torch, ".pt": read_torch}
+
+STATE_DICTS = tuple(_READERS)  # Endings of the files.

@@ -8,18 +8,34 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from qflax.data import data_format
+from qflax.data import Crop, DataFormat, data_format
 from qflax.data.augment import Augmentation
 from qflax.errors import require
 from qflax.layers import LayerCost, layer_costs
 from qflax.models import build_model
 from qflax.quantizers import STATISTICS, Quantization, quantization_from_config
+from qflax.runtime import available_cores
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
 from qflax.training.parallel import AXIS, Devices
 from qflax.training.penalties import Penalties
 from qflax.training.schedules import relative_learning_rate
 from qflax.training.state import TrainState, create_state, initial_variables
 from qflax.training.step import TrainStep
+
+
+def crop(config: ml_collections.ConfigDict) -> Crop:
+    """What of a photograph the network sees."""
+    return Crop(**config.crop.to_dict())
+
+
+def image_format(config: ml_collections.ConfigDict) -> DataFormat:
+    """Shape of the network's images, and number of classes."""
+    return data_format(config.dataset, crop=crop(config))
+
+
+def workers(config: ml_collections.ConfigDict) -> int:
+    """Number of processes that read and decode photographs."""
+    return available_cores() if config.num_workers == -1 else config.num_workers
 
 
 def quantization(config: ml_collections.ConfigDict, axis_name: str | None = None) -> Quantization:
@@ -37,7 +53,7 @@ def model(
     """
     return build_model(
         config.model,
-        num_classes=data_format(config.dataset).num_classes,
+        num_classes=image_format(config).num_classes,
         stem=config.stem,
         shortcut=config.shortcut,
         residual=config.residual,
@@ -51,7 +67,7 @@ def model(
 
 def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[LayerCost, ...]:
     """Costs of all layers; `variables` may be abstract."""
-    example = np.zeros((1, *data_format(config.dataset).image_shape), np.float32)
+    example = np.zeros((1, *image_format(config).image_shape), np.float32)
     return layer_costs(model(config), variables, example, train=False)
 
 
@@ -114,7 +130,7 @@ def state(config: ml_collections.ConfigDict, variables: dict) -> TrainState:
 
 def abstract_state(config: ml_collections.ConfigDict) -> TrainState:
     """Shapes and dtypes of the state."""
-    network, shape = model(config), data_format(config.dataset).image_shape
+    network, shape = model(config), image_format(config).image_shape
     return jax.eval_shape(lambda: state(config, initial_variables(network, shape, 0)))
 
 
@@ -145,7 +161,7 @@ def train_step(config: ml_collections.ConfigDict, devices: Devices) -> TrainStep
         loss=config.loss,
         batch_size=config.batch_size,
         num_devices=len(devices),
-        num_classes=data_format(config.dataset).num_classes,
+        num_classes=image_format(config).num_classes,
         augmentation=Augmentation(**config.augmentation),
         mean=tuple(config.mean),
         std=tuple(config.std),

@@ -1,6 +1,8 @@
 """Evaluation: every example counts exactly once, whatever the batch size and the number of devices."""
 
+import contextlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import flax.struct
@@ -14,6 +16,9 @@ from qflax.data.augment import normalize
 from qflax.training.losses import cross_entropy
 from qflax.training.parallel import AXIS, Devices
 
+if TYPE_CHECKING:
+    from qflax.data.streamed import StreamedDataset
+
 
 @flax.struct.dataclass
 class EvaluationMetrics(metrics.Collection):
@@ -25,19 +30,20 @@ class EvaluationMetrics(metrics.Collection):
 
 
 class Evaluator:
-    """Evaluates variables of one model on one data set that stays on the devices."""
+    """Evaluates variables of one model on one data set, which stays on the devices or is streamed to them."""
 
     def __init__(
         self,
         model: nn.Module,
-        dataset: Dataset,
+        dataset: "Dataset | StreamedDataset",
         devices: Devices,
         *,
         batch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        num_workers: int = 0,
     ):
-        """Puts the data set on the devices.
+        """Puts a data set that is in memory on the devices.
 
         Args:
           model: computes in float32, whatever it was trained in.
@@ -45,32 +51,72 @@ class Evaluator:
           devices: they share every batch.
           batch_size: of all devices together, rounded up to what divides among them.
           mean, std: normalisation.
+          num_workers: processes that read and decode images, where the set is not in memory.
         """
-        self._devices = devices
-        self._num_examples = dataset.num_examples
-        self._data = devices.replicate((dataset.images, dataset.labels))
-        share = -(-batch_size // len(devices))
-        self._batch_size = share * len(devices)
+        batches = _ResidentBatches if isinstance(dataset, Dataset) else _StreamedBatches
+        self._batches = batches(dataset, devices, -(-batch_size // len(devices)), num_workers)
 
-        def batch_metrics(variables, index, data, start):
-            images, labels = data
-            places = start + index * share + jnp.arange(share)
-            mask = places < len(labels)
-            chosen = jnp.minimum(places, len(labels) - 1)
-            inputs = normalize(images[chosen], mean, std)
-            logits = model.apply(variables, inputs, train=False)
+        def batch_metrics(variables, index, data):
+            images, labels, mask = self._batches.examples(index, data)
+            logits = model.apply(variables, normalize(images, mean, std), train=False)
             return EvaluationMetrics.gather_from_model_output(
-                axis_name=AXIS, mask=mask, **_outcomes(logits, labels[chosen])
+                axis_name=AXIS, mask=mask, **_outcomes(logits, labels)
             )
 
-        self._step = devices.pmap(batch_metrics)
+        self._step = devices.pmap(batch_metrics, data_axes=self._batches.axes)
 
     def __call__(self, variables: Mapping) -> dict[str, float]:
         """Mean `loss` (cross entropy), `accuracy` and `top5_accuracy` over all examples."""
         total = EvaluationMetrics.empty()
-        for start in range(0, self._num_examples, self._batch_size):
-            total = total.merge(self._step(variables, self._data, np.int32(start)))
+        for data in self._batches:
+            total = total.merge(self._step(variables, data))
         return {name: float(value) for name, value in total.compute().items()}
+
+
+class _ResidentBatches:
+    """Batches of a data set that stays on the devices: one is told by the place of its first example."""
+
+    axes = None
+
+    def __init__(self, dataset: Dataset, devices: Devices, share: int, num_workers: int):
+        del num_workers
+        self._arrays = devices.replicate((dataset.images, dataset.labels))
+        self._share, self._batch_size = share, share * len(devices)
+
+    def __iter__(self):
+        for start in range(0, len(self._arrays[1]), self._batch_size):
+            yield *self._arrays, np.int32(start)
+
+    def examples(self, index: jax.Array, data: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        images, labels, start = data
+        places = start + index * self._share + jnp.arange(self._share)
+        chosen = jnp.minimum(places, len(labels) - 1)
+        return images[chosen], labels[chosen], places < len(labels)
+
+
+class _StreamedBatches:
+    """Batches of a data set that is read and decoded on the way; each device gets its share."""
+
+    axes = 0
+
+    def __init__(self, dataset: "StreamedDataset", devices: Devices, share: int, num_workers: int):
+        self._dataset, self._devices, self._num_workers = dataset, devices, num_workers
+        self._batch_size = share * len(devices)
+
+    def __iter__(self):
+        batches = self._dataset.evaluation_batches(
+            batch_size=self._batch_size,
+            shard=(jax.process_index(), jax.process_count()),
+            num_workers=self._num_workers,
+        )
+        with contextlib.closing(batches):
+            for batch in batches:
+                parts = jax.tree.map(lambda x: x.reshape(len(self._devices), -1, *x.shape[1:]), tuple(batch))
+                yield self._devices.split(parts)
+
+    def examples(self, index: jax.Array, data: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del index
+        return data
 
 
 def _outcomes(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

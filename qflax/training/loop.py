@@ -1,8 +1,10 @@
 """The training loop."""
 
+import contextlib
 import functools
 import json
 import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
@@ -11,7 +13,6 @@ import numpy as np
 from qflax import config as config_lib
 from qflax.data import load_training
 from qflax.data.augment import normalize
-from qflax.data.order import epoch_order
 from qflax.errors import require
 from qflax.layers import sizes
 from qflax.quantizers import PARAMETERS, STATISTICS, widths_frozen
@@ -24,7 +25,7 @@ from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
 from qflax.training.start import starting_variables
 from qflax.training.state import TrainState
-from qflax.training.stream import Stream
+from qflax.training.stream import stream_of
 from qflax.training.table import cost_table, cost_totals
 
 
@@ -62,6 +63,7 @@ class Trainer:
             config.dataset,
             data_dir=config.data_dir or None,
             validation_examples=config.validation_examples,
+            crop=build.crop(config),
         )
         self.num_examples = self.train_set.num_examples
         require(
@@ -108,50 +110,59 @@ class Trainer:
 
     def _calibration_batches(self):
         """Normalised training images, the first of the first epoch, in whole batches."""
-        count = min(self.config.calibration_examples, self.num_examples)
-        size = min(self.config.calibration_batch_size, count)
-        order = np.asarray(epoch_order(np.uint32(self.config.seed), 0, self.num_examples))
-        for start in range(0, count - size + 1, size):
-            images = self.train_set.images[order[start : start + size]]
-            yield normalize(images, self.config.mean, self.config.std)
+        config = self.config
+        count = min(config.calibration_examples, self.num_examples)
+        size = min(config.calibration_batch_size, count)
+        fields = {"seed": config.seed, "batch_size": size, "num_batches": count // size}
+        for batch in self.train_set.calibration_batches(**fields):
+            yield normalize(batch.images, config.mean, config.std)
 
     def _steps(self, logs: Logs, progress: Progress) -> tuple[TrainState, dict[str, float]]:
         """Makes all steps that are left; returns the last training metrics too.
 
         What is due within a dispatch is done at its end.
         """
-        config, total = self.config, len(self.rates)
-        on_cpu = self.devices.platform == "cpu"
-        chunk = min(
-            config.steps_per_dispatch or (1 if on_cpu else 50), self.num_examples // config.batch_size
+        config, total, num_epoch_steps = (
+            self.config,
+            len(self.rates),
+            self.num_examples / self.config.batch_size,
         )
-        eval_every = max(round(config.eval_every_epochs * self.num_examples / config.batch_size), 1)
-        dispatch = self.devices.pmap(functools.partial(self.step.many, unroll=on_cpu), donate=True)
-        stream = Stream(self.train_set, config.seed, config.batch_size, self.devices)
+        eval_every = max(round(config.eval_every_epochs * num_epoch_steps), 1)
+        dispatch, dispatches = self._dispatching()
         meter, last = Meter(logs.seconds, config.batch_size), logs.last_train
         state, step, self.state = self.devices.replicate(self.state), self.start, None
-        while step < total:
-            end = min((step // chunk + 1) * chunk, total)
-            state, metrics = dispatch(state, stream.at(step), self.rates[step:end], *self.numbers)
-            meter.add(metrics)
-            progress.advance(end)
+        with contextlib.closing(dispatches):
+            for end, data in dispatches:
+                state, metrics = dispatch(state, data, self.rates[step:end], *self.numbers)
+                meter.add(metrics)
+                progress.advance(end)
 
-            def due(every, step=step, end=end):
-                return end == total or end // every > step // every
+                def due(every, step=step, end=end):
+                    return end == total or end // every > step // every
 
-            evaluating = self.evaluate is not None and due(eval_every)
-            saving = evaluating or due(config.checkpoint_every_steps)
-            if saving or due(config.log_every_steps):
-                before, last = last, meter.read(end, self._last_good)
-                logs.write(end, last, "train")
-                progress.show(last)
-                if last.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
-                    progress.say(f"the widths are frozen at {last['weight_kib']:.2f} KiB of weights")
-            if saving:
-                self._evaluate_and_save(state, end, evaluating, logs, progress)
-                meter.restart()
-            step = end
+                evaluating = self.evaluate is not None and due(eval_every)
+                saving = evaluating or due(config.checkpoint_every_steps)
+                if saving or due(config.log_every_steps):
+                    before, last = last, meter.read(end, self._last_good)
+                    logs.write(end, last, "train")
+                    progress.show(last)
+                    if last.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
+                        progress.say(f"the widths are frozen at {last['weight_kib']:.2f} KiB of weights")
+                if saving:
+                    self._evaluate_and_save(state, end, evaluating, logs, progress)
+                    meter.restart()
+                step = end
         return state, last
+
+    def _dispatching(self) -> tuple[Callable, Iterator]:
+        """The mapped steps of a dispatch, and (end, data) of each dispatch."""
+        config, on_cpu = self.config, self.devices.platform == "cpu"
+        stream = stream_of(self.train_set, config.seed, config.batch_size, self.devices)
+        steps = config.steps_per_dispatch or (1 if on_cpu else stream.usual_steps)
+        steps = min(steps, self.num_examples // config.batch_size)
+        many = functools.partial(self.step.many, unroll=on_cpu)
+        mapped = self.devices.pmap(many, donate=True, data_axes=stream.axes)
+        return mapped, stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
 
     def _evaluate_and_save(self, state, step, evaluating, logs, progress) -> None:
         validation = self.evaluate(state.served) if evaluating else None

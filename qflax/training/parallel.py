@@ -44,6 +44,7 @@ class Devices:
         )
         mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
     def __len__(self) -> int:
         return len(self.devices)
@@ -57,26 +58,31 @@ class Devices:
         """Puts a tree of host arrays on every device."""
         return jax.device_put(tree, self._replicated)
 
-    def pmap(self, function: Callable, donate: bool = False) -> Callable:
-        """Maps `function(state, index, *rest)` over the devices.
+    def split(self, tree):
+        """Puts host arrays [devices, ...] on the devices, one part on each."""
+        return jax.device_put(tree, self._split)
 
-        `index` is the device's place among all, an int32 scalar; everything else is replicated, and so must
-        be what `function` returns (reduced over `AXIS`).
+    def pmap(self, function: Callable, donate: bool = False, data_axes=None) -> Callable:
+        """Maps `function(state, index, data, *rest)` over the devices.
+
+        `index` is the device's place among all, an int32 scalar; everything but `data` is replicated, and so
+        must be what `function` returns (reduced over `AXIS`).
 
         Args:
           function: runs on each device; collectives go over `AXIS`.
           donate: whether the memory of `state` may be reused for the result.
+          data_axes: axes of `data` over the devices, None where it is replicated, or a tree of such.
 
         Returns:
-          `(state, *rest) -> result`.
+          `(state, data, *rest) -> result`.
         """
         indices = np.arange(len(self), dtype=np.int32)
         mapped = jax.pmap(
-            lambda state, index, rest: function(state, index, *rest),
+            lambda state, index, data, rest: function(state, index, data, *rest),
             axis_name=AXIS,
-            in_axes=(None, 0, None),
+            in_axes=(None, 0, data_axes, None),
             out_axes=None,
             devices=self.devices,
             donate_argnums=(0,) if donate else (),
         )
-        return lambda state, *rest: mapped(state, indices, rest)
+        return lambda state, data, *rest: mapped(state, indices, data, rest)

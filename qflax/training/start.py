@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 import jax
 import ml_collections
 
-from qflax.data import data_format
 from qflax.layers import correct_biases, reestimate_norms
 from qflax.quantizers import BUDGETS, ROLES, calibrate, project_weights
 from qflax.training import build
@@ -28,7 +27,7 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], 
       UserError: `config.init_from` is no run of the same network.
     """
     network = build.model(config)
-    variables = initial_variables(network, data_format(config.dataset).image_shape, config.seed)
+    variables = initial_variables(network, build.image_format(config).image_shape, config.seed)
     if not config.init_from:
         return calibrate(network, variables, batches(), train=True)
     original = start_from(pathlib.Path(config.init_from), variables)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from qflax.data.augment import Augmentation, augment, normalize
-from qflax.data.order import take
 from qflax.layers import COST, sizes, sown_costs
 from qflax.quantizers import (
     CONSTRAINTS,
@@ -27,7 +26,7 @@ from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_opt
 from qflax.training.parallel import AXIS
 from qflax.training.penalties import Penalties
 from qflax.training.state import BATCH_STATS, OBSERVED, TrainState
-from qflax.training.stream import TrainingData
+from qflax.training.stream import ResidentData, StreamedData
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class TrainStep:
         self,
         state: TrainState,
         index: jax.Array,
-        data: TrainingData,
+        data: ResidentData | StreamedData,
         relative_rates: jax.Array,
         numbers: Hyperparameters,
         penalties: Penalties,
@@ -75,7 +74,7 @@ class TrainStep:
         Args:
           state: before the steps.
           index: of this device.
-          data: the training set.
+          data: the training set, or the batches of these steps.
           relative_rates: [steps], from the schedule.
           numbers: of the optimizer.
           penalties: beside the loss of the task.
@@ -103,7 +102,7 @@ class TrainStep:
         self,
         state: TrainState,
         index: jax.Array,
-        data: TrainingData,
+        data: ResidentData | StreamedData,
         relative_rate: jax.Array,
         numbers: Hyperparameters,
         penalties: Penalties,
@@ -163,20 +162,12 @@ class TrainStep:
     def _batch(self, key, step, index, data):
         """This device's share of the batch: float32 images, values 0..255, and label distributions."""
         share = self.batch_size // self.num_devices
-        start = step * self.batch_size
         places = index * share + jnp.arange(share)
-        chosen = take(data.window, data.first_epoch, start + places)
-        partners = (None, None)
-        if self.augmentation.mixes:
-            # The partner is the next image of the whole batch, wherever it is computed.
-            others = take(data.window, data.first_epoch, start + (places + 1) % self.batch_size)
-            partners = (data.images[others], data.labels[others])
+        examples = data.examples(step, places, self.batch_size, partners=self.augmentation.mixes)
         return augment(
             key,
-            start + places,
-            data.images[chosen],
-            data.labels[chosen],
-            *partners,
+            step * self.batch_size + places,
+            *examples,
             spec=self.augmentation,
             num_classes=self.num_classes,
             fill=255 * jnp.asarray(self.mean),  # Zero after normalisation, as in the cutout paper.

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import ml_collections
@@ -10,16 +11,22 @@ import numpy as np
 from clu import parameter_overview
 
 from qflax import config as config_lib
-from qflax.data import Dataset, data_format, load
+from qflax.data import Dataset, load
 from qflax.errors import require
 from qflax.layers import LayerCost
+from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
+from qflax.quantizers import ROLES
 from qflax.training import build
-from qflax.training.checkpoints import open_checkpoints
+from qflax.training.checkpoints import FOLDER, Checkpoints, open_checkpoints
 from qflax.training.distillation import Teacher
 from qflax.training.evaluate import Evaluator
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
+from qflax.training.provenance import provenance
 from qflax.training.state import BATCH_STATS, TrainState
+
+if TYPE_CHECKING:
+    from qflax.data.streamed import StreamedDataset
 
 RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -56,12 +63,14 @@ def start_from(workdir: pathlib.Path, variables: Mapping) -> dict:
     """Variables with the weights and norm statistics of another run, which may be quantized otherwise.
 
     Args:
-      workdir: of the other run.
+      workdir: of the other run, or a file of torchvision's weights.
       variables: of this run; quantizer parameters stay as they are.
 
     Raises:
       UserError: names and shapes differ.
     """
+    if workdir.suffix in STATE_DICTS:
+        return from_torchvision(read_state_dict(workdir), variables, f"config.init_from={str(workdir)!r}")
     _, state = load_workdir(workdir)
     variables = dict(variables)
     for collection in (WEIGHTS, BATCH_STATS):
@@ -86,6 +95,40 @@ def start_from(workdir: pathlib.Path, variables: Mapping) -> dict:
     return variables
 
 
+def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
+    """Makes a workdir of torchvision's weights, as of a run at step 0.
+
+    Args:
+      file: the weights, see `models.read_state_dict`.
+      config: of the float network that they belong to.
+      workdir: folder to make.
+
+    Returns:
+      Number of parameters.
+
+    Raises:
+      UserError: the weights do not fit, the network is quantized, or the workdir is there already.
+    """
+    config_lib.validate(config)
+    made = [name for name in (config_lib.FILE, FOLDER, RESULT_FILE) if (workdir / name).exists()]
+    require(not made, f"{workdir}: there is a {made[0]} already; choose another --workdir" if made else "")
+    quantized = [role for role in ROLES if config[role] is not None]
+    require(
+        not quantized and not config.rules,
+        f"config.{(*quantized, 'rules')[0]}: imported weights are float; import them with a float "
+        "configuration (configs/resnet18_fp32.py), and start from that workdir with config.init_from",
+    )
+    abstract = build.abstract_state(config)
+    variables = from_torchvision(read_state_dict(file), abstract.variables, str(file))
+    state = build.state(config, variables)
+    config_lib.save(config, workdir)
+    record_start(workdir, 0, {"imported_from": str(file), **provenance(1)})
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(jax.device_get(state), 0)
+    checkpoints.close()
+    return count_parameters(variables)
+
+
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
     """The network that `config.distillation` names, with the last checkpoint's variables.
 
@@ -96,7 +139,7 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
     if not fields.teacher:
         return None
     its, state = load_workdir(pathlib.Path(fields.teacher))
-    own_format, its_format = data_format(config.dataset), data_format(its.dataset)
+    own_format, its_format = build.image_format(config), build.image_format(its)
     require(
         own_format == its_format,
         f"config.distillation.teacher={fields.teacher!r}: trained on {its.dataset} ({its_format}), not on "
@@ -124,7 +167,9 @@ def count_parameters(variables: Mapping) -> int:
     return int(parameter_overview.count_parameters(variables[WEIGHTS]))
 
 
-def evaluator(config: ml_collections.ConfigDict, dataset: Dataset, devices: Devices) -> Evaluator:
+def evaluator(
+    config: ml_collections.ConfigDict, dataset: "Dataset | StreamedDataset", devices: Devices
+) -> Evaluator:
     """Evaluator of the configuration's network on a data set."""
     return Evaluator(
         build.model(config),
@@ -133,6 +178,7 @@ def evaluator(config: ml_collections.ConfigDict, dataset: Dataset, devices: Devi
         batch_size=config.eval_batch_size,
         mean=tuple(config.mean),
         std=tuple(config.std),
+        num_workers=build.workers(config),
     )
 
 
@@ -143,6 +189,7 @@ def load_evaluator(config: ml_collections.ConfigDict, split: str, devices: Devic
         split,
         data_dir=config.data_dir or None,
         validation_examples=config.validation_examples,
+        crop=build.crop(config),
     )
     return evaluator(config, dataset, devices)
 

@@ -14,7 +14,7 @@ from qflax.training import build, train
 from qflax.training.distillation import distillation_loss
 from qflax.training.parallel import Devices
 from qflax.training.state import initial_variables
-from qflax.training.stream import Stream
+from qflax.training.stream import stream_of
 from qflax.training.workdir import load_teacher
 
 STUDENT = jnp.asarray([[2.0, -1.0, 0.5], [0.0, 0.3, -4.0]])
@@ -74,10 +74,12 @@ def test_weights_of_both_losses_sum_to_one(make_tiny_config, teacher):
     state = build.state(config, initial_variables(build.model(config), (32, 32, 3), 0))
     dispatch = devices.pmap(functools.partial(build.train_step(config, devices).many, unroll=True))
     numbers = build.hyperparameters(config), build.penalties(config, 1)
+    _, data = next(stream_of(dataset, 0, config.batch_size, devices).dispatches(0, 1, 1))
     losses = {}
     for weight in (0.0, 0.25, 1.0):
-        data, rates = Stream(dataset, 0, config.batch_size, devices).at(0), np.ones(1, np.float32)
-        metrics = dispatch(state, data, rates, *numbers, network.replace(weight=np.float32(weight)))[1]
+        metrics = dispatch(
+            state, data, np.ones(1, np.float32), *numbers, network.replace(weight=np.float32(weight))
+        )[1]
         losses[weight] = metrics["loss"]
     np.testing.assert_allclose(losses[0.25], 0.75 * losses[0.0] + 0.25 * losses[1.0], rtol=1e-5)
     assert losses[0.0] != losses[1.0] == metrics["distillation_loss"]

@@ -12,7 +12,7 @@ from qflax.quantizers import calibrate
 from qflax.training import build
 from qflax.training.parallel import Devices
 from qflax.training.state import initial_variables
-from qflax.training.stream import Stream
+from qflax.training.stream import stream_of
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,12 @@ def run(config, dataset, num_devices, chunks, unroll=True):
     state = devices.replicate(build.state(config, variables))
     step = build.train_step(config, devices)
     dispatch = devices.pmap(functools.partial(step.many, unroll=unroll))
-    stream, at, losses = Stream(dataset, 3, config.batch_size, devices), 0, []
+    stream, at, losses = stream_of(dataset, 3, config.batch_size, devices), 0, []
     for count in chunks:
         rates = np.full(count, 0.5, np.float32)
         numbers = build.hyperparameters(config), build.penalties(config, sum(chunks))
-        state, metrics = dispatch(state, stream.at(at), rates, *numbers)
+        _, data = next(stream.dispatches(at, at + 1, 1))
+        state, metrics = dispatch(state, data, rates, *numbers)
         at += count
         losses.append(np.asarray(metrics["loss"]))
     return jax.device_get(state), np.concatenate(losses)
@@ -133,7 +134,8 @@ def test_bfloat16_keeps_parameters_and_scales_in_float32(tiny_config, dataset):
 def test_cutout_is_zero_after_normalisation(tiny_config, dataset):
     tiny_config.augmentation = dict(crop_padding=0, flip=False, cutout=8, mixup_alpha=0.0, cutmix_alpha=0.0)
     devices = Devices(1)
-    step, data = build.train_step(tiny_config, devices), Stream(dataset, 3, 32, devices).at(0)
+    step = build.train_step(tiny_config, devices)
+    _, data = next(stream_of(dataset, 3, 32, devices).dispatches(0, 1, 1))
     images = normalize(step._batch(jax.random.key(0), 0, 0, data)[0], step.mean, step.std)
     blank = np.sum(np.all(np.abs(images) < 1e-5, axis=-1), axis=(1, 2))
     assert blank.min() >= 16 and blank.max() == 64

@@ -1,0 +1,124 @@
+"""Every configuration takes a training step on mock data, and no row of the documents is missing."""
+
+import functools
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from qflax.data import Dataset
+from qflax.training import build
+from qflax.training.parallel import Devices
+from qflax.training.stream import stream_of
+from qflax.training.table import cost_totals
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[a-z]*.py"))
+A2Q = {
+    f"resnet18_w4a4_{method}_{bits}b_cifar10": (variant, bits)
+    for method, variant in (("a2q", "a2q"), ("a2q_plus", "a2q+"))
+    for bits in (16, 15, 14, 13, 12)
+}
+ROWS = {
+    *A2Q,
+    *(f"resnet18_{row}_cifar10" for row in ("float", "fp32", "w8a8_e4m3", "w5a5_e3m1", "w4a4")),
+    *(f"resnet20_{row}_cifar10" for row in ("fp32", "int8", "int4", "mixed", "w3a3", "w2a2")),
+    *(f"resnet18_{row}" for row in ("fp32", "int8", "int4", "mixed", "w4a4")),
+}
+
+
+def config_of(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def filled(config):
+    """Variables as after a calibration, without compiling the initialisation."""
+    rng = np.random.default_rng(0)
+    logs = {"log2_scale": -6.0, "log2_norm": 3.0}
+
+    def fill(path, leaf):
+        collection, name = path[0].key, path[-1].key
+        if name == "kernel":
+            return rng.normal(size=leaf.shape).astype(leaf.dtype) / np.sqrt(leaf.size / leaf.shape[-1])
+        if name == "accumulator_bits":
+            return np.full(leaf.shape, config.weights.accumulator_bits, leaf.dtype)
+        if collection.startswith("quantizer"):
+            return np.full(leaf.shape, logs.get(name, 0.1 if leaf.dtype == np.float32 else 0), leaf.dtype)
+        return np.full(leaf.shape, name in ("scale", "var"), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, build.abstract_state(config).variables)
+
+
+@functools.cache
+def costs_of(name):
+    config = config_of(name)
+    return build.measure_costs(config, filled(config))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory):
+    """Programs that are compiled once, carelessly: rows that differ in a number share theirs."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "default"])
+def test_takes_a_training_step(name):
+    config = config_of(name)
+    config.batch_size, config.crop.image_size = 2, 64
+    build.check_quantization(config)
+    shape, devices, rng = build.image_format(config).image_shape, Devices(1), np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, *shape), dtype=np.uint8)
+    dataset = Dataset(images=images, labels=np.arange(4, dtype=np.int32), num_classes=10, name="mock")
+    stream, variables = stream_of(dataset, 0, 2, devices), filled(config)
+    dispatch = devices.pmap(functools.partial(build.train_step(config, devices).many, unroll=True))
+    numbers = build.hyperparameters(config), build.penalties(config, 10)
+    _, data = next(stream.dispatches(0, 1, 1))
+    state, metrics = dispatch(build.state(config, variables), data, np.ones(1, np.float32), *numbers)
+    state, metrics = jax.device_get((state, metrics))
+    assert np.isfinite(metrics["loss"]).all() and metrics["gradient_norm"] > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    old, new = (tree["params"]["conv_init"]["kernel"] for tree in (variables, state.trained))
+    assert np.any(old != new)
+
+
+def test_every_row_of_the_documents_has_its_configuration():
+    assert set(CONFIGS) >= ROWS
+    assert len(A2Q) == 10 and len(ROWS) == 26
+
+
+def test_rows_of_a_table_differ_in_what_they_are_named_after():
+    first = config_of("resnet18_w4a4_a2q_16b_cifar10")
+    for name, (variant, bits) in A2Q.items():
+        config = config_of(name)
+        assert (config.weights.variant, config.weights.accumulator_bits) == (variant, bits)
+        config.weights.variant, config.weights.accumulator_bits = "a2q", 16
+        assert config.to_dict() == first.to_dict()
+    for bits, name in ((4, "int4"), (8, "int8")):
+        config = config_of(f"resnet18_{name}")
+        assert (config.weights.bits, config.activations.bits) == (bits, bits)
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes"), [("resnet18_fp32", 46.72), ("resnet18_int8", 11.68), ("resnet18_int4", 5.84)]
+)
+def test_imagenet_rows_have_the_published_sizes(name, megabytes):
+    assert round(cost_totals(costs_of(name))["weight_bytes"] / 1e6, 2) == megabytes
+
+
+def test_the_teacher_is_the_network_that_training_starts_from():
+    config = config_of("resnet18_w4a4_a2q_plus_12b_cifar10")
+    assert config.distillation.teacher == ""
+    config.init_from = "runs/float"
+    assert config.distillation.teacher == "runs/float"
