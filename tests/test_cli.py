@@ -5,7 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = [
@@ -115,3 +117,37 @@ def test_a_rule_that_matches_nothing_is_an_error(tmp_path):
     result = call("train.py", f"--config={config}", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 2
     assert "'conv_int'" in result.stderr and "did you mean 'conv_init'" in result.stderr
+
+
+def test_imported_weights_are_a_workdir(tmp_path):
+    """The network of `resnet8`, under the names that torchvision would give it."""
+    sizes = {"conv1": (16, 3, 3, 3), "fc": (10, 64), "layer2.0.downsample.0": (32, 16, 1, 1)}
+    sizes["layer3.0.downsample.0"] = (64, 32, 1, 1)
+    for i, features in enumerate((16, 32, 64), start=1):
+        sizes[f"layer{i}.0.conv1"] = (features, max(features // 2, 16), 3, 3)
+        sizes[f"layer{i}.0.conv2"] = (features, features, 3, 3)
+    state = {f"{name}.weight": np.full(size, 0.1, np.float32) for name, size in sizes.items()}
+    norms = {name.replace("conv", "bn").replace("sample.0", "sample.1"): s[0] for name, s in sizes.items()}
+    del norms["fc"]
+    for name, features in norms.items():
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.{leaf}"] = np.ones(features, np.float32)
+    state["fc.bias"] = np.zeros(10, np.float32)
+    save_file(state, tmp_path / "weights.safetensors")
+    command = (
+        "-m",
+        "qflax",
+        "import",
+        str(tmp_path / "weights.safetensors"),
+        f"--workdir={tmp_path / 'run'}",
+    )
+    bad = call(*command)
+    assert bad.returncode == 2 and "--config: missing; for instance" in bad.stderr
+    fields = ("--config.model=resnet8", "--config.dataset=digits", "--config.shortcut=B")
+    imported = call(*command, "--config=configs/resnet20_fp32_cifar10.py", *fields)
+    assert imported.returncode == 0, imported.stderr
+    assert "78,042 parameters" in imported.stdout
+    evaluated = call("-m", "qflax", "evaluate", str(tmp_path / "run"))
+    assert evaluated.returncode == 0 and "test accuracy 10" in evaluated.stdout, evaluated.stderr
+    unknown = call("-m", "qflax", "evaluate", str(tmp_path / "run"), "--sppeed=3")
+    assert unknown.returncode == 2 and "--sppeed=3" in unknown.stderr

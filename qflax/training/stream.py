@@ -17,7 +17,7 @@ from qflax.training.parallel import AXIS, Devices
 if TYPE_CHECKING:
     from qflax.data.streamed import StreamedDataset
 
-_AHEAD = 2  # Dispatches whose images are on their way to the devices while another one runs.
+_AHEAD = 1  # Dispatches whose images are on their way to the devices while another one runs.
 
 
 class Examples(NamedTuple):
