@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qflax.layers.conv import Conv
 from qflax.layers.cost import layer_costs
 from qflax.layers.dense import Dense
+from qflax.quantizers import QuantizedArray, value_of
 
 _STATISTICS = "batch_stats"
 
@@ -79,13 +80,17 @@ def _mean_outputs(model: nn.Module) -> Callable:
     def of_batch(variables, batch):
         options = {"capture_intermediates": has_bias, "mutable": ["intermediates"]}
         outputs = model.apply(variables, batch, train=False, **options)[1].get("intermediates", {})
-        return jax.tree.map(lambda y: jnp.mean(y, tuple(range(y.ndim - 1))), outputs)
+        return jax.tree.map(_channel_means, outputs, is_leaf=lambda y: isinstance(y, QuantizedArray))
 
     def of_batches(variables, batches):
         results = [of_batch(variables, batch) for batch in batches]
         return jax.tree.map(lambda *means: sum(means) / len(means), *results)
 
     return of_batches
+
+
+def _channel_means(y: jax.Array | QuantizedArray) -> jax.Array:
+    return jnp.mean(value_of(y), tuple(range(value_of(y).ndim - 1)))
 
 
 def _at(tree: Mapping, path: Sequence[str]) -> typing.Any:

@@ -33,6 +33,16 @@ class Net(nn.Module):
 COARSE = Quantization(weights=Uniform(bits=2), activations=Uniform(bits=2))
 
 
+class Plain(nn.Module):
+    """One layer, called as a network is."""
+
+    layer: nn.Module
+
+    def __call__(self, x, *, train):
+        del train
+        return self.layer(x)
+
+
 def outputs(model, variables, name):
     def keep(module, _):
         return module.name == name
@@ -41,7 +51,7 @@ def outputs(model, variables, name):
         model.apply(variables, batch, train=False, capture_intermediates=keep, mutable=["intermediates"])[1]
         for batch in BATCHES
     ]
-    values = [np.asarray(state["intermediates"][name]["__call__"][0]) for state in captured]
+    values = [np.asarray(value_of(state["intermediates"][name]["__call__"][0])) for state in captured]
     return np.concatenate(values).astype(np.float64)
 
 
@@ -76,6 +86,20 @@ def test_every_biased_layer_gets_the_float_network_s_mean():
     assert jax.tree.all(
         jax.tree.map(np.array_equal, kernels(variables["params"]), kernels(corrected["params"]))
     )
+
+
+def test_biases_are_corrected_behind_quantized_outputs_too():
+    fine = Quantization(weights=Uniform(bits=2), outputs=Uniform(bits=12, scale="static", statistic="absmax"))
+    model, reference = Plain(Dense(4, quantization=fine)), Plain(Dense(4))
+    batches = [batch.reshape(-1, 27) for batch in BATCHES]
+    variables = model.init(jax.random.key(0), batches[0], train=False)
+    variables = calibrate(model, variables, batches, train=False)
+    corrected = correct_biases(model, variables, reference, variables, batches)
+    goal, before, after = (
+        np.mean([value_of(network.apply(v, batch, train=False)) for batch in batches], (0, 1))
+        for network, v in ((reference, variables), (model, variables), (model, corrected))
+    )
+    assert np.max(np.abs(after - goal)) < 2e-3 < np.max(np.abs(before - goal))
 
 
 def test_without_norms_there_is_nothing_to_reestimate():
