@@ -1,5 +1,6 @@
 """Batches of a stream of examples, made ahead of their use in threads or worker processes."""
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import threading
 
 import grain
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from qflax.data.dataset import Batch
 from qflax.errors import UserError
@@ -77,9 +79,21 @@ class Batches:
         if isinstance(self._iterator, grain.DatasetIterator):
             self._iterator.close()
             self._iterator = iter(())
-            # Tracebacks of what the workers raised hold batches in cycles, and these shared memory, of
-            # which Python would complain at its end. For the same reason errors are raised anew above.
+            # Tracebacks of what the workers raised hold batches, and with them shared memory, in cycles.
+            # For the same reason errors are raised anew above.
             gc.collect()
+
+
+def _free_shared_memory() -> None:
+    """Waits for Grain's thread that frees shared memory; Python complains of what is left at its end."""
+    gc.collect()
+    pool = getattr(SharedMemoryArray, "_del_thread_pool", None)
+    if pool is not None:
+        pool.apply(int)  # It has one thread: whatever was handed in before is done.
+
+
+# It runs before the handlers of multiprocessing, which were registered first and end that thread.
+atexit.register(_free_shared_memory)
 
 
 def _start_worker(index: int, count: int) -> None:

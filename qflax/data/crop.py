@@ -69,14 +69,14 @@ def random_window(rng: np.random.Generator, width: int, height: int, crop: Crop)
     Returns:
         left, top, width and height of the window, in pixels; it lies in the image and is not empty.
     """
-    low, high = crop.ratio
+    (least, greatest), (low, high) = crop.area, crop.ratio
     for _ in range(_ATTEMPTS):
-        area = width * height * rng.uniform(*crop.area)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        share, shape, right, down = rng.random(4).tolist()
+        area = width * height * (least + share * (greatest - least))
+        ratio = low * (high / low) ** shape
         columns, rows = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < columns <= width and 0 < rows <= height:
-            left, top = rng.integers(width - columns + 1), rng.integers(height - rows + 1)
-            return int(left), int(top), columns, rows
+            return int(right * (width - columns + 1)), int(down * (height - rows + 1)), columns, rows
     columns = max(1, min(width, round(height * high)))
     rows = max(1, min(height, round(width / low)))
     return (width - columns) // 2, (height - rows) // 2, columns, rows

@@ -92,9 +92,10 @@ def _pixels(image: Image.Image, data: bytes, shrink: int) -> np.ndarray:
 def _scale(image: np.ndarray, size: int) -> np.ndarray:
     """Scales [height, width, ...] to [size, size, ...], antialiased.
 
-    Each side is enlarged bilinearly to the next multiple of `size`, and whole blocks are averaged. This
-    is much faster than filters of the exact width, and nearer to the triangle filter than to a box.
+    Both sides are enlarged bilinearly to the least whole multiple of `size` that holds the image, of
+    which whole blocks are averaged. This is much faster than filters of the exact width, and nearer
+    to a triangle filter than averages of the exact width are.
     """
-    height, width = (size * math.ceil(side / size) for side in image.shape[:2])
-    enlarged = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(enlarged, (size, size), interpolation=cv2.INTER_AREA)
+    enlarged = size * math.ceil(max(image.shape[:2]) / size)
+    image = cv2.resize(image, (enlarged, enlarged), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)

@@ -12,6 +12,8 @@ from qflax.data.dataset import Batch
 from qflax.data.decode import decode_evaluation, decode_training
 from qflax.errors import UserError
 
+_STREAM = 2**40  # Examples of a training stream.
+
 
 class Record(NamedTuple):
     """An example as it is stored.
@@ -76,10 +78,11 @@ class StreamedDataset:
         shard: tuple[int, int] = (0, 1),
         num_workers: int = 0,
     ) -> Batches:
-        """Yields the training stream without end: every epoch in a fresh order, with random crops.
+        """Yields the training stream: every epoch in a fresh order, with random crops.
 
         An example's order and crop depend on the seed and on its position in the stream,
-        `step * batch_size + place in the batch`, alone. Its mask is True.
+        `step * batch_size + place in the batch`, alone. Its mask is True. The stream ends only after
+        2**40 examples.
 
         Args:
             seed: 0..2**32 - 1.
@@ -88,7 +91,8 @@ class StreamedDataset:
             shard: index and count; the count divides `batch_size`.
             num_workers: number of processes; 0 for threads of this one.
         """
-        examples = self._shuffled(seed).repeat().random_map(self._training_example)
+        epochs = _STREAM // self.num_examples + 1  # Grain cannot cut an endless stream into batches of 1.
+        examples = self._shuffled(seed).repeat(epochs).random_map(self._training_example)
         return Batches(
             examples,
             first_step=first_step,
