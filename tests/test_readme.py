@@ -29,4 +29,4 @@ def test_example_runs(block, names):
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5

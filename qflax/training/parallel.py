@@ -77,12 +77,13 @@ class Devices:
           `(state, data, *rest) -> result`.
         """
         indices = np.arange(len(self), dtype=np.int32)
+        # A tuple in `in_axes`: JAX takes a flat one for the axes of leaves, where there are as many of them.
         mapped = jax.pmap(
-            lambda state, index, data, rest: function(state, index, data, *rest),
+            lambda state, index, rest: function(state, index, rest[0], *rest[1]),
             axis_name=AXIS,
-            in_axes=(None, 0, data_axes, None),
+            in_axes=(None, 0, (data_axes, None)),
             out_axes=None,
             devices=self.devices,
             donate_argnums=(0,) if donate else (),
         )
-        return lambda state, data, *rest: mapped(state, indices, data, rest)
+        return lambda state, data, *rest: mapped(state, indices, (data, rest))

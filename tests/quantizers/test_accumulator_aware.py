@@ -15,7 +15,6 @@ from qflax.quantizers import (
     Minifloat,
     MixedPrecision,
     Quantization,
-    Rule,
     Uniform,
     calibrate,
     project_weights,
@@ -83,9 +82,7 @@ def test_other_inputs_are_an_error_that_says_what_to_do(activations, problem):
 
 
 def test_not_for_activations():
-    quantization = Quantization(
-        rules=(Rule("*", {"activations": dict(kind="accumulator_aware", bits=4, accumulator_bits=9)}),)
-    )
+    quantization = Quantization(activations=AccumulatorAware(bits=4, accumulator_bits=9))
     with pytest.raises(UserError, match="is for weights, not activations"):
         Activation(quantization=quantization).init(jax.random.key(0), X)
 
