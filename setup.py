@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
     "export": ["onnx>=1.16,<1.23", "qonnx>=1.0", "onnxruntime>=1.20", "tqdm"],
     "report": ["matplotlib>=3.8", "jinja2>=3.1"],
     "benchmark": ["brevitas>=0.12"],

@@ -1,8 +1,11 @@
 """Settings of JAX and hypothesis for all tests, and the reference vectors in `golden`."""
 
+import atexit
 import functools
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before JAX starts: the CPU shows two devices, and is the platform unless another one is asked for.
 os.environ["XLA_FLAGS"] = (
@@ -10,11 +13,16 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("NPROC", "4")  # See qflax.runtime: two devices deadlock on two threads.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests compile the same programs. This folder is shared with other processes of this run alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/qflax-tests-{os.getpid()}")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+atexit.register(shutil.rmtree, f"{tempfile.gettempdir()}/qflax-tests-{os.getpid()}", ignore_errors=True)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

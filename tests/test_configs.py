@@ -57,19 +57,11 @@ def costs_of(name):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """Programs that are compiled once, carelessly: rows that differ in a number share theirs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+def quick_compilation():
+    """Programs that are compiled carelessly; rows that differ in a number share theirs in the cache."""
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("quick_compilation")
