@@ -12,15 +12,12 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def names():
-    """What the examples define, one after the other, as a reader would run them."""
-    return {"__name__": "readme"}
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_example_runs(block, names):
-    exec(compile(block, "README.md", "exec"), names)
+@pytest.mark.parametrize("last", range(len(BLOCKS)), ids=lambda last: BLOCKS[last].splitlines()[0])
+def test_example_runs(last):
+    """After those above it, as a reader would run them."""
+    names = {"__name__": "readme"}
+    for block in BLOCKS[: last + 1]:
+        exec(compile(block, "README.md", "exec"), names)
     if "config" in block:
         config_lib.validate(names["config"])
         build.check_quantization(names["config"])

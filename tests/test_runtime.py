@@ -16,7 +16,8 @@ print(len(jax.devices()), os.environ.get("NPROC"), jax.config.jax_compilation_ca
 
 
 def call(batch, tmp_path, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    set_by_tests = ("XLA_FLAGS", "NPROC", "JAX_COMPILATION_CACHE_DIR")
+    clean = {k: v for k, v in os.environ.items() if k not in set_by_tests}
     clean |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), **environment}
     command = [sys.executable, "-c", SCRIPT.format(batch=batch)]
     return subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout.split()

@@ -43,5 +43,7 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], 
     variables = reestimate_norms(build.model(immediate), variables, batches())
     reference = config.copy_and_resolve_references()
     with reference.unlocked():
-        reference.update({role: None for role in ROLES}, rules=())
+        for role in ROLES:
+            reference[role] = None
+        reference.rules = ()
     return correct_biases(network, variables, build.model(reference), original, batches())
