@@ -24,7 +24,7 @@ setup(
         "absl-py>=2.1",
         "clu>=0.0.12",
         "flax>=0.12",
-        "grain>=0.2.12",
+        "grain>=0.2.15",
         "importlib_resources>=6.4",
         "jax>=0.8",
         "jaxlib>=0.8",

@@ -13,7 +13,7 @@ def get_config():
     """Returns the configuration."""
     config = resnet18_int4.get_config()
     config.rules = resnet20_w3a3_cifar10.get_config().rules
-    config.distillation.teacher = config.get_ref("init_from")
+    config.distillation.teacher = config.get_oneway_ref("init_from")
     config.batch_size = 256
     config.num_epochs = 90.0
     config.learning_rate = 0.01

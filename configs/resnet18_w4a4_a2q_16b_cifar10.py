@@ -22,7 +22,7 @@ def get_config():
         dict(layers="pool/output", activations=dict(kind="truncation", bits=8)),
         dict(layers="classifier", weights=eight, biases=dict(bits=32)),
     )
-    config.distillation.teacher = config.get_ref("init_from")
+    config.distillation.teacher = config.get_oneway_ref("init_from")
     config.num_epochs = 90.0
     config.learning_rate = 0.01
     config.quantizer_learning_rate = 0.01

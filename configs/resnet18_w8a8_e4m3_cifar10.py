@@ -19,7 +19,7 @@ def get_config():
         dict(layers="pool/output", activations={}),
         dict(layers="classifier", outputs=None),
     )
-    config.distillation.teacher = config.get_ref("init_from")
+    config.distillation.teacher = config.get_oneway_ref("init_from")
     config.num_epochs = 30.0
     config.learning_rate = 0.01
     return config

@@ -19,5 +19,5 @@ def get_config():
         dict(layers="pool/output", activations=eight),
         dict(layers="classifier", weights=eight),
     )
-    config.distillation.teacher = config.get_ref("init_from")
+    config.distillation.teacher = config.get_oneway_ref("init_from")
     return config

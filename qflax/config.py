@@ -176,7 +176,7 @@ def _validate_group(config: Mapping, fields: Mapping, prefix: str) -> None:
 def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the configuration into the workdir, for every later command."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / FILE).write_text(json.dumps(_plain(config), indent=2) + "\n")
+    (workdir / FILE).write_text(json.dumps(plain(config), indent=2) + "\n")
 
 
 def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -193,7 +193,10 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         config = ml_collections.ConfigDict(fields)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); restore it from another copy") from None
-    validate(config)
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error} (written by another version of qflax?)") from None
     return config
 
 
@@ -201,7 +204,7 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     """Raises `UserError` with the differing fields if the workdir holds a run of another configuration."""
     if not (workdir / FILE).exists():
         return
-    new, old = (_flat(_plain(c)) for c in (config, load(workdir)))
+    new, old = (_flat(plain(c)) for c in (config, load(workdir)))
     missing = object()
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
@@ -215,12 +218,12 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     )
 
 
-def _plain(value):
+def plain(value):
     """The value in the types of JSON, as it comes back from a file."""
     if isinstance(value, Mapping | ml_collections.ConfigDict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

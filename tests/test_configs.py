@@ -114,3 +114,6 @@ def test_the_teacher_is_the_network_that_training_starts_from():
     assert config.distillation.teacher == ""
     config.init_from = "runs/float"
     assert config.distillation.teacher == "runs/float"
+    for other in ("", "runs/deeper"):
+        config.distillation.teacher = other
+        assert (config.distillation.teacher, config.init_from) == (other, "runs/float")

@@ -69,6 +69,14 @@ class Batches:
             batch = next(self._iterator, None)
         except UserError as error:
             message = str(error)
+        except RuntimeError as error:
+            if "Worker process" not in str(error):
+                raise
+            message = (
+                "a process that reads and decodes images has ended; where it ran out of memory, or of shared "
+                "memory (df /dev/shm), lower config.num_workers or config.batch_size; config.num_workers=0 "
+                "reads in threads"
+            )
         if message is None and batch is not None:
             return batch
         self.close()

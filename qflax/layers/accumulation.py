@@ -29,6 +29,8 @@ class Accumulation:
       weight_bits: of the widest channel.
       input_bits: of the inputs.
       x_min, x_max: range of the integer inputs, less their zero point.
+      bias: integers that are added to the sums, int32 [features]; 0 for a float bias, which is added to
+        what comes out of the accumulator. The bounds from literature know none.
     """
 
     depth: int = flax.struct.field(pytree_node=False)
@@ -40,6 +42,7 @@ class Accumulation:
     input_bits: jax.Array | int
     x_min: jax.Array | int
     x_max: jax.Array | int
+    bias: jax.Array | int = 0
 
     @property
     def data_type_bits(self) -> int:
@@ -56,11 +59,17 @@ class Accumulation:
 
     @property
     def exact_bits(self) -> int:
-        """Width that these weights need: an input attains the extreme; the layer's largest."""
-        sums = zip(np.asarray(self.positive), np.asarray(self.negative), strict=True)
-        x_min, x_max = int(self.x_min), int(self.x_max)
-        extremes = [accumulator_extremes(int(p), int(n), x_min, x_max) for p, n in sums]
-        return max(width_of_extremes(low, high) for low, high in extremes)
+        """Width that these weights and integer biases need, whichever is added first; the layer's largest.
+
+        Without an integer bias an input attains the extreme.
+        """
+        positive, negative = np.asarray(self.positive), np.asarray(self.negative)
+        biases = np.broadcast_to(np.asarray(self.bias), positive.shape)
+        x_min, x_max, widths = int(self.x_min), int(self.x_max), []
+        for p, n, b in zip(positive, negative, biases, strict=True):
+            low, high = accumulator_extremes(int(p), int(n), x_min, x_max)
+            widths.append(width_of_extremes(low + min(int(b), 0), high + max(int(b), 0)))
+        return max(widths)
 
 
 def has_integer_sums(kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray) -> bool:
@@ -77,9 +86,9 @@ def has_integer_sums(kernel: jax.Array | QuantizedArray, inputs: jax.Array | Qua
 
 
 def accumulation(
-    kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray
+    kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray, bias: jax.Array | int = 0
 ) -> Accumulation | None:
-    """The bounds' ingredients, or None where the sums are not sums of integers."""
+    """The bounds' ingredients, or None where the sums are not sums of integers; `bias` as of `Accumulation`."""
     if not has_integer_sums(kernel, inputs):
         return None
     positive, negative = code_sums(jnp.round(kernel.value / kernel.scale))
@@ -94,4 +103,5 @@ def accumulation(
         input_bits=fmt.bits,
         x_min=jnp.minimum(fmt.lowest - inputs.zero_point, 0),
         x_max=jnp.maximum(fmt.highest - inputs.zero_point, 0),
+        bias=bias,
     )

@@ -64,14 +64,16 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.feature_group_count,
         )
+        bias_codes = 0
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            y += quantize_bias(self, self.quantization, bias, quantized, inputs).astype(dtype)
+            bias, bias_codes = quantize_bias(self, self.quantization, bias, quantized, inputs)
+            y += bias.astype(dtype)
         outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,
             kind="conv",
             macs=math.prod(y.shape[1:3]) * math.prod(shape),
-            **product_cost(self, self.quantization, quantized, inputs, outputs),
+            **product_cost(self, self.quantization, quantized, inputs, bias_codes, outputs),
         )
         return outputs

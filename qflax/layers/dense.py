@@ -45,14 +45,16 @@ class Dense(nn.Module):
         quantized = quantize_weights(self, self.quantization, kernel, inputs)
         dtype = compute_dtype(self.dtype, x)
         y = x.astype(dtype) @ value_of(quantized).astype(dtype)
+        bias_codes = 0
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            y += quantize_bias(self, self.quantization, bias, quantized, inputs).astype(dtype)
+            bias, bias_codes = quantize_bias(self, self.quantization, bias, quantized, inputs)
+            y += bias.astype(dtype)
         outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,
             kind="dense",
             macs=math.prod(x.shape[1:-1]) * math.prod(shape),
-            **product_cost(self, self.quantization, quantized, inputs, outputs),
+            **product_cost(self, self.quantization, quantized, inputs, bias_codes, outputs),
         )
         return outputs

@@ -31,8 +31,9 @@ def quantize_bias(
     bias: jax.Array,
     kernel: jax.Array | QuantizedArray,
     inputs: jax.Array | QuantizedArray,
-) -> jax.Array:
-    """The bias [features] of products of `kernel` and `inputs`, on the grid of their sums or as it is.
+) -> tuple[jax.Array, jax.Array | int]:
+    """The bias [features] of products of `kernel` and `inputs`, on the grid of their sums or as it is, and its
+    codes (int32; 0 for float).
 
     The scale is that of the input times that of the kernel; the bias passes its gradient on unchanged, but
     for codes beyond the format.
@@ -42,15 +43,15 @@ def quantize_bias(
     """
     spec, where = quantization.spec("biases", "/".join(layer.path)), "/".join(layer.path)
     if spec is None:
-        return bias
+        return bias, 0
     require(
         has_integer_sums(kernel, inputs),
         f"{where}: an integer bias has the scale of input times weights, and here one of them is no integer "
         "with one scale; quantize the weights, and what comes before them by a rule for its activations "
         "(before the classifier 'pool/output'), or leave this layer's bias float (biases=None)",
     )
-    scale = jax.lax.stop_gradient(inputs.scale * kernel.scale)
-    return spec.format.fake_quant(bias, jnp.broadcast_to(scale, bias.shape))
+    scale = jnp.broadcast_to(jax.lax.stop_gradient(inputs.scale * kernel.scale), bias.shape)
+    return spec.format.fake_quant(bias, scale), spec.format.encode(bias, scale)
 
 
 def quantize_outputs(
@@ -89,6 +90,7 @@ def product_cost(
     quantization: Quantization,
     kernel: jax.Array | QuantizedArray,
     inputs: jax.Array | QuantizedArray,
+    bias_codes: jax.Array | int,
     outputs: jax.Array | QuantizedArray,
 ) -> dict[str, typing.Any]:
     """What layers with a kernel report alike; outputs count as written where they are quantized."""
@@ -103,5 +105,5 @@ def product_cost(
         "input_bits": bits_of(inputs),
         "activations": math.prod(shape[1:]) if quantized else 0,
         "activation_bits": bits_of(outputs),
-        "accumulation": accumulation(kernel, inputs),
+        "accumulation": accumulation(kernel, inputs, bias_codes),
     }

@@ -22,6 +22,8 @@ from qflax.training.schedules import relative_learning_rate
 from qflax.training.state import TrainState, create_state, initial_variables
 from qflax.training.step import TrainStep
 
+_MOST_WORKERS = 16  # Unless more are asked for: each holds several batches in shared memory.
+
 
 def crop(config: ml_collections.ConfigDict) -> Crop:
     """What of a photograph the network sees."""
@@ -35,7 +37,7 @@ def image_format(config: ml_collections.ConfigDict) -> DataFormat:
 
 def workers(config: ml_collections.ConfigDict) -> int:
     """Number of processes that read and decode photographs."""
-    return available_cores() if config.num_workers == -1 else config.num_workers
+    return min(available_cores(), _MOST_WORKERS) if config.num_workers == -1 else config.num_workers
 
 
 def quantization(config: ml_collections.ConfigDict, axis_name: str | None = None) -> Quantization:

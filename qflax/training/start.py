@@ -30,7 +30,7 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], 
     variables = initial_variables(network, build.image_format(config).image_shape, config.seed)
     if not config.init_from:
         return calibrate(network, variables, batches(), train=True)
-    original = start_from(pathlib.Path(config.init_from), variables)
+    original = start_from(pathlib.Path(config.init_from), config, variables)
     variables = calibrate(network, original, batches(), train=True)
     example = next(iter(batches()))[:1]
     _, state = network.apply(variables, example, train=False, mutable=[BUDGETS])

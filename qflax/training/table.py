@@ -11,7 +11,7 @@ _NONE = types.MappingProxyType({})
 def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
     """Sums over the layers: bytes, operations; the maximum of the activations too.
 
-    Weight bytes cover kernels at their bits and biases at 32; norm parameters are not counted, as they
+    Weight bytes cover kernels and biases at their bits (float ones at 32); norm parameters are not counted, as they
     are folded into scales when deployed. Activation bytes are those of one example. Accumulator bits are
     what the widest layer of integers needs, exactly.
     """

@@ -32,6 +32,9 @@ RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
 TABLE_FILE = "layers.txt"
 
+# With other ones, the same weights are another function.
+_SAME_FUNCTION = ("dataset", "mean", "std", "model", "stem", "shortcut", "residual")
+
 
 def load_workdir(
     workdir: pathlib.Path, which: str = "latest"
@@ -59,19 +62,28 @@ def load_workdir(
     return config, state
 
 
-def start_from(workdir: pathlib.Path, variables: Mapping) -> dict:
+def start_from(workdir: pathlib.Path, config: ml_collections.ConfigDict, variables: Mapping) -> dict:
     """Variables with the weights and norm statistics of another run, which may be quantized otherwise.
 
     Args:
       workdir: of the other run, or a file of torchvision's weights.
+      config: of this run.
       variables: of this run; quantizer parameters stay as they are.
 
     Raises:
-      UserError: names and shapes differ.
+      UserError: another network, data set or normalisation; names and shapes differ.
     """
     if workdir.suffix in STATE_DICTS:
         return from_torchvision(read_state_dict(workdir), variables, f"config.init_from={str(workdir)!r}")
-    _, state = load_workdir(workdir)
+    its, state = load_workdir(workdir)
+    own = config_lib.plain(config)
+    differing = [name for name in _SAME_FUNCTION if config_lib.plain(its)[name] != own[name]]
+    require(
+        not differing,
+        f"config.init_from={str(workdir)!r}: another network or other inputs ("
+        + "; ".join(f"{name} is {its[name]!r} there, {config[name]!r} here" for name in differing[:3])
+        + "); start from a run of the same ones",
+    )
     variables = dict(variables)
     for collection in (WEIGHTS, BATCH_STATS):
         new, old = (
@@ -138,10 +150,16 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
     fields = config.distillation
     if not fields.teacher:
         return None
-    its, state = load_workdir(pathlib.Path(fields.teacher))
+    teacher = pathlib.Path(fields.teacher)
+    require(
+        teacher.suffix not in STATE_DICTS,
+        f"config.distillation.teacher={fields.teacher!r}: weights without a configuration; make a workdir of "
+        "them (qflax import FILE --config=... --workdir=DIR) and name that, or set it to '' for no teacher",
+    )
+    its, state = load_workdir(teacher)
     own_format, its_format = build.image_format(config), build.image_format(its)
     require(
-        own_format == its_format,
+        (config.dataset, own_format) == (its.dataset, its_format),
         f"config.distillation.teacher={fields.teacher!r}: trained on {its.dataset} ({its_format}), not on "
         f"{config.dataset} ({own_format}); name a run on {config.dataset}",
     )

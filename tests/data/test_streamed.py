@@ -225,6 +225,19 @@ def test_workers_start_no_accelerator_and_tell_of_a_broken_image(imagenet_dir):
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_that_is_killed_is_told_of_in_a_line(imagenet_dir):
+    dataset = load("imagenet2012", "train", data_dir=str(imagenet_dir), crop=CROP)
+    batches = dataset.training_batches(seed=0, batch_size=2, num_workers=1)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(UserError, match="has ended; .*lower config.num_workers") as caught:
+        for _ in range(50):
+            next(batches)
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
 SCRIPT = """
 import multiprocessing, os, signal, sys
 from qflax.data import Crop, load

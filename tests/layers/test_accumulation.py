@@ -1,13 +1,22 @@
 """Layers report what their accumulators must hold."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qflax.layers import Conv, Dense, layer_costs
-from qflax.numerics import IntegerFormat
-from qflax.quantizers import Minifloat, MixedPrecision, Quantization, QuantizedArray, Uniform, quantizer_of
+from qflax.numerics import IntegerFormat, width_of_extremes
+from qflax.quantizers import (
+    IntegerBias,
+    Minifloat,
+    MixedPrecision,
+    Quantization,
+    QuantizedArray,
+    Uniform,
+    quantizer_of,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -60,3 +69,20 @@ def test_sums_that_are_not_of_integers_have_no_bound():
     minifloat = Minifloat(exponent_bits=4, mantissa_bits=3)
     for spec, of in ((uniform, x.value), (uniform, per_channel), (minifloat, x), (None, x)):
         assert reported(spec, of)[1] is None
+
+
+@pytest.mark.parametrize("bias", [3.0, -3.0])
+def test_an_integer_bias_is_part_of_what_the_accumulator_must_hold(bias):
+    x, weights = inputs(scale=2.0**-8), Uniform(bits=4, scale="constant", scale_value=2.0**-8)
+    flat = QuantizedArray(x.value.reshape(1, -1), x.scale, x.zero_point, x.format)
+    for biases, least in ((None, 0), (IntegerBias(), 3 * 2**16)):
+        layer = Dense(
+            3,
+            quantization=Quantization(weights=weights, biases=biases),
+            bias_init=nn.initializers.constant(bias),
+        )
+        _, bounds = reported(None, flat, layer)
+        sums = int(np.max(bounds.positive + bounds.negative)) * 15
+        needed = width_of_extremes(-sums - least, sums + least)
+        assert bounds.exact_bits <= needed
+        assert bounds.exact_bits >= (width_of_extremes(-least, least) if biases else 2)

@@ -90,3 +90,14 @@ def test_a_teacher_that_is_none_is_refused(tiny_config, tmp_path):
     tiny_config.distillation.teacher = str(tmp_path)
     with pytest.raises(UserError, match="not a workdir"):
         load_teacher(tiny_config)
+    tiny_config.distillation.teacher = "resnet18-f37072fd.pth"
+    with pytest.raises(UserError, match="weights without a configuration; make a workdir"):
+        load_teacher(tiny_config)
+
+
+def test_a_teacher_of_another_data_set_is_refused_though_its_images_are_alike(make_tiny_config, teacher):
+    config = make_tiny_config()
+    config.dataset = "cifar10"
+    config.distillation.teacher = str(teacher)
+    with pytest.raises(UserError, match="trained on digits .* not on cifar10"):
+        load_teacher(config)

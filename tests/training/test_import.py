@@ -44,8 +44,9 @@ def test_an_imported_workdir_computes_torch_s_logits(weights, tmp_path):
 
 def test_a_quantized_run_starts_from_the_file_itself(weights):
     file, _ = weights
-    abstract = build.abstract_state(config_of("resnet18_int4")).variables
-    variables = start_from(file, abstract)
+    config = config_of("resnet18_int4")
+    abstract = build.abstract_state(config).variables
+    variables = start_from(file, config, abstract)
     kernel = variables["params"]["stage1_block1"]["conv1"]["kernel"]
     assert kernel.shape == (3, 3, 64, 64) and kernel.std() > 0
     assert variables["quantizer_params"] == abstract["quantizer_params"]
@@ -69,8 +70,9 @@ def test_what_does_not_fit_is_told_in_a_line_and_nothing_is_made(weights, tmp_pa
 
 
 def test_starting_from_another_network_s_file_names_the_field(weights):
-    abstract = build.abstract_state(config_of("resnet18_w4a4_cifar10")).variables
+    config = config_of("resnet18_w4a4_cifar10")
+    abstract = build.abstract_state(config).variables
     with pytest.raises(
         UserError, match="config.init_from=.*resnet18.safetensors': another network's weights"
     ):
-        start_from(weights[0], abstract)
+        start_from(weights[0], config, abstract)

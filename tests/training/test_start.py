@@ -4,8 +4,11 @@ import importlib
 
 import jax
 import numpy as np
+import pytest
 
+from qflax import config as config_lib
 from qflax.data import load
+from qflax.errors import UserError
 from qflax.training import build
 from qflax.training.checkpoints import Checkpoints
 from qflax.training.start import starting_variables
@@ -20,7 +23,7 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
     tiny_config.weights = tiny_config.activations = None
     variables = initial_variables(build.model(tiny_config), (32, 32, 3), 0)
     workdir = tmp_path / "float"
-    importlib.import_module("qflax.config").save(tiny_config, workdir)
+    config_lib.save(tiny_config, workdir)
     checkpoints = Checkpoints(workdir)
     checkpoints.save(jax.device_get(build.state(tiny_config, variables)), 0)
     checkpoints.close()
@@ -48,3 +51,16 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
     assert len(blocks) == 8 and all(cost.accumulation.exact_bits <= 12 for cost in blocks)
     pool = next(cost for cost in costs if cost.path == "pool/output")
     assert pool.activation_bits == 8
+
+
+def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
+    variables = initial_variables(build.model(tiny_config), (32, 32, 3), 0)
+    config_lib.save(tiny_config, tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(jax.device_get(build.state(tiny_config, variables)), 0)
+    checkpoints.close()
+    tiny_config.init_from = str(tmp_path)
+    tiny_config.mean, tiny_config.residual = (0.5, 0.5, 0.5), "unsigned"
+    with pytest.raises(UserError, match=r"mean is .* there, .*; residual is 'signed' there") as error:
+        starting_variables(tiny_config, list)
+    assert "\n" not in str(error.value)
