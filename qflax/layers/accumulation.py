@@ -88,7 +88,7 @@ def has_integer_sums(kernel: jax.Array | QuantizedArray, inputs: jax.Array | Qua
 def accumulation(
     kernel: jax.Array | QuantizedArray, inputs: jax.Array | QuantizedArray, bias: jax.Array | int = 0
 ) -> Accumulation | None:
-    """The bounds' ingredients, or None where the sums are not sums of integers; `bias` as of `Accumulation`."""
+    """The bounds' ingredients, or None where the sums are not of integers; `bias` as of `Accumulation`."""
     if not has_integer_sums(kernel, inputs):
         return None
     positive, negative = code_sums(jnp.round(kernel.value / kernel.scale))

@@ -32,8 +32,9 @@ def quantize_bias(
     kernel: jax.Array | QuantizedArray,
     inputs: jax.Array | QuantizedArray,
 ) -> tuple[jax.Array, jax.Array | int]:
-    """The bias [features] of products of `kernel` and `inputs`, on the grid of their sums or as it is, and its
-    codes (int32; 0 for float).
+    """The bias [features] of products of `kernel` and `inputs`, on the grid of their sums or as it is.
+
+    With it come its codes, int32 [features], or 0 for float.
 
     The scale is that of the input times that of the kernel; the bias passes its gradient on unchanged, but
     for codes beyond the format.

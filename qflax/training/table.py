@@ -11,9 +11,9 @@ _NONE = types.MappingProxyType({})
 def cost_totals(costs: Sequence[LayerCost]) -> dict[str, float]:
     """Sums over the layers: bytes, operations; the maximum of the activations too.
 
-    Weight bytes cover kernels and biases at their bits (float ones at 32); norm parameters are not counted, as they
-    are folded into scales when deployed. Activation bytes are those of one example. Accumulator bits are
-    what the widest layer of integers needs, exactly.
+    Weight bytes cover kernels and biases at their bits (float ones at 32); norm parameters are not counted,
+    as they are folded into scales when deployed. Activation bytes are those of one example. Accumulator bits
+    are what the widest layer of integers needs, exactly.
     """
     accumulators = [cost.accumulation.exact_bits for cost in costs if cost.accumulation is not None]
     return {
