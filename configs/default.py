@@ -93,9 +93,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.crop.area = (0.08, 1.0)  # In training: least and largest share of the photograph,
     config.crop.ratio = (3 / 4, 4 / 3)  # and of width to height, of a random crop.
     config.crop.resize = 256  # In evaluation: length of the shorter side before the central crop.
-    config.num_workers = (
-        -1
-    )  # Processes that read and decode photographs; -1: one per core (at most 16), 0: threads.
+    # Processes that read and decode photographs; -1: one per core, at most 16; 0: threads.
+    config.num_workers = -1
     config.mean = (0.4914, 0.4822, 0.4465)  # Subtracted from pixels in [0, 1], per channel.
     config.std = (0.2470, 0.2435, 0.2616)  # Divides them.
     config.augmentation = ml_collections.ConfigDict()
