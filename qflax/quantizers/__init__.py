@@ -2,7 +2,7 @@
 
 from qflax.quantizers.accumulator_aware import AccumulatorAware, project_weights, set_accumulator_bits
 from qflax.quantizers.base import Quantizer
-from qflax.quantizers.calibration import calibrate
+from qflax.quantizers.calibration import CALIBRATIONS, calibrate
 from qflax.quantizers.collections import BUDGETS, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
 from qflax.quantizers.constraints import constrain, limit_gradients
 from qflax.quantizers.integer_bias import IntegerBias
@@ -16,6 +16,7 @@ from qflax.quantizers.uniform import Uniform
 
 __all__ = [
     "BUDGETS",
+    "CALIBRATIONS",
     "CONSTRAINTS",
     "FLOAT",
     "KINDS",

@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qflax.quantizers.collections import CALIBRATION, CONSTRAINTS, PARAMETERS, STATISTICS
-from qflax.quantizers.statistics import SMALLEST_RANGE, asymmetric_range, symmetric_range
+from qflax.quantizers.collections import CALIBRATION, CONSTRAINTS, GIVEN, OBSERVED, PARAMETERS, STATISTICS
+from qflax.quantizers.observers import Observed
+from qflax.quantizers.statistics import SMALLEST_RANGE, Statistic
 
 
 class Quantizer(nn.Module):
@@ -70,8 +71,9 @@ class Quantizer(nn.Module):
     def _observed(self, x: jax.Array) -> tuple[jax.Array | float, jax.Array]:
         """Lower and upper end of the range that was observed so far; before anything was, 1 is the upper.
 
-        Calibration takes the mean over its batches, of absolute maxima the extremes. A running average
-        copies its first batch, and quantizes each training batch by that batch's own range.
+        Calibration takes the mean over its batches, of absolute maxima the extremes, unless it was given
+        another rule (see `calibration.calibrate`). A running average copies its first batch; that of
+        training quantizes each batch by its own range.
         """
         shape = (x.shape[-1],) if self.spec.granularity == "per_channel" else ()
         start = {"x_max": jnp.ones} if self._symmetric else {"x_min": jnp.zeros, "x_max": jnp.ones}
@@ -87,8 +89,9 @@ class Quantizer(nn.Module):
         return current.get("x_min", 0.0), current["x_max"]
 
     def _merged(self, name: str, old: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
-        if self._averaging:
-            merged = old + self.spec.momentum * (new - old)
+        momentum = self.spec.momentum if self._averaging else self.get_variable(GIVEN, "momentum")
+        if momentum is not None:
+            merged = old + momentum * (new - old)
         elif self._extremes:
             merged = jnp.minimum(old, new) if name == "x_min" else jnp.maximum(old, new)
         else:
@@ -105,13 +108,11 @@ class Quantizer(nn.Module):
         That is 1 for activations, and the standard deviation of a common initialisation for weights, so that
         a layer that starts from zeros can leave them.
         """
-        statistic, percentile = self.spec.range_statistic, self.spec.percentile
         usual = math.sqrt(x.shape[-1] / x.size) if self.weights else 1.0
+        low, high = self._ends(x)
         if self._symmetric:
-            high = jax.lax.stop_gradient(self._range(x))
             ends = {"x_max": jnp.where(high > SMALLEST_RANGE, high, usual)}
         else:
-            low, high = asymmetric_range(x, statistic, self.format, percentile=percentile)
             ends = {"x_min": low, "x_max": jnp.where(high > low, high, usual)}
         if self.axis_name is None:
             return ends
@@ -120,11 +121,20 @@ class Quantizer(nn.Module):
         wider = {"x_min": jax.lax.pmin, "x_max": jax.lax.pmax}
         return {name: wider[name](value, self.axis_name) for name, value in ends.items()}
 
-    def _range(self, x: jax.Array) -> jax.Array:
-        return symmetric_range(
-            x,
-            self.spec.range_statistic,
-            self.format,
+    def _ends(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """Lower and upper end as they were given, or else of the range of `x`; reports `x` to observers."""
+        if self.has_variable(GIVEN, "x_max"):
+            return self.get_variable(GIVEN, "x_min"), self.get_variable(GIVEN, "x_max")
+        if not self.weights:
+            self.sow(OBSERVED, "calls", Observed(x, self._statistic))
+        return jax.lax.stop_gradient(self._statistic.range_of(x))
+
+    @property
+    def _statistic(self) -> Statistic:
+        return Statistic(
+            kind=self.spec.range_statistic,
+            format=self.format,
+            symmetric=self._symmetric,
             per_channel=self.spec.granularity == "per_channel",
             percentile=self.spec.percentile,
         )

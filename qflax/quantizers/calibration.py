@@ -1,11 +1,17 @@
 """Calibration: ranges of all quantizers of a model from batches of real data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qflax.quantizers.collections import CALIBRATION, PARAMETERS, STATISTICS
+from qflax.errors import choose, require
+from qflax.quantizers.collections import CALIBRATION, GIVEN, OBSERVED, PARAMETERS, STATISTICS
+from qflax.quantizers.observers import observer_of
+
+CALIBRATIONS = ("batches", "ema", "set")
 
 
 def calibrate(
@@ -14,24 +20,44 @@ def calibrate(
     batches: Iterable[jax.Array],
     *,
     roles: Sequence[str] = tuple(CALIBRATION),
+    over: str = "batches",
+    momentum: float = 0.1,
     **call_arguments,
 ) -> dict:
-    """Sets the ranges of all quantizers in one pass over `batches`.
+    """Sets the ranges of all quantizers.
 
-    Weight ranges come from the weights, activation ranges from the inputs of each quantizer, averaged
-    over the batches (of absolute maxima the maximum), with quantized weights and float activations.
+    Weight ranges come from the weights, activation ranges from the inputs of each quantizer, with quantized
+    weights and float activations:
+
+    | over    | range of activations                                        | passes               |
+    |---------|-------------------------------------------------------------|----------------------|
+    | batches | mean of the batches' ranges; of absolute maxima the maximum | 1                    |
+    | ema     | running average of the batches' ranges, from the first on   | 1                    |
+    | set     | of all batches as if they were one, in memory for one       | absmax, mean: 1;     |
+    |         |                                                             | mse, kl: 2;          |
+    |         |                                                             | percentile: 3        |
+
+    A quantizer that the model calls several times sees the inputs of all its calls, each as one of a batch.
     Batch norm's statistics and the weights are left as they are; earlier calibrations are forgotten.
 
     Args:
       model: a module built of qflax layers, without an axis of devices.
       variables: its variables.
-      batches: model inputs, all of one shape, [batch, ...]; at least one.
+      batches: model inputs, all of one shape, [batch, ...]; at least one. For `set` they must be the same in
+        each pass, as those of a list are.
       roles: whose quantizers: `weights`, `activations`.
+      over: see above.
+      momentum: weight of the new batch in the running average of `ema`.
       **call_arguments: passed to the model, such as `train=True` for batch norm by batch statistics.
 
     Returns:
       The variables with new quantizer parameters and statistics.
+
+    Raises:
+      UserError: `over`, `momentum` or `batches` are impossible.
     """
+    choose("over", over, CALIBRATIONS)
+    require(0 < momentum <= 1, f"momentum={momentum!r}: must be in (0, 1]")
     variables = dict(variables)
     if not (variables.get(PARAMETERS) or variables.get(STATISTICS)):
         return variables
@@ -47,8 +73,19 @@ def calibrate(
         _, state = model.apply({**variables, **own}, batch, mutable=mutable, **call_arguments)
         return {name: state.get(name, {}) for name in own}
 
+    @jax.jit
+    def calls_of(variables, batch):
+        _, state = model.apply(variables, batch, mutable=[*mutable, OBSERVED], **call_arguments)
+        return flatten_dict(state.get(OBSERVED, {}))
+
+    given = {}
+    if over == "ema":
+        given = _momenta(own[STATISTICS], momentum)
+    elif over == "set":
+        given = _ranges_of_set(lambda batch: calls_of({**variables, **own}, batch), batches)
+        batches = itertools.islice(batches, 1)  # To set what follows from the ranges.
     for batch in batches:
-        own = observe(variables, own, batch)
+        own = observe({**variables, GIVEN: given}, own, batch)
     return {**variables, **own}
 
 
@@ -57,3 +94,37 @@ def _counts(path: tuple, roles: Sequence[str]) -> bool:
     if path[-1].key != "count":
         return False
     return len(path) == 1 or ("weights" if path[-2].key == "weights" else "activations") in roles
+
+
+def _momenta(quantizer_stats: Mapping, momentum: float) -> dict:
+    """`GIVEN` with a momentum for each quantizer that observes a range."""
+    paths = [path for path in flatten_dict(quantizer_stats) if path[-1] == "count"]
+    return unflatten_dict({(*path[:-1], "momentum"): momentum for path in paths})
+
+
+def _ranges_of_set(calls_of: Callable, batches: Iterable[jax.Array]) -> dict:
+    """`GIVEN` with the ranges of activations over all batches, in as many passes as their statistics need.
+
+    Args:
+      calls_of: function from a batch to {path: what came into a quantizer in each of its calls}.
+      batches: see `calibrate`.
+    """
+    require(
+        iter(batches) is not batches,
+        "over='set': batches can be passed over only once, and this takes several passes; give a list, or "
+        "an object whose iter() starts anew",
+    )
+    first = next(iter(batches), None)
+    require(first is not None, "over='set': batches is empty; give at least one batch")
+    observers = {
+        path: observer_of(calls[0].statistic) for path, calls in jax.eval_shape(calls_of, first).items()
+    }
+    while waiting := {path: observer for path, observer in observers.items() if not observer.done}:
+        for batch in batches:
+            for path, calls in calls_of(batch).items():
+                for call in calls if path in waiting else ():
+                    waiting[path].update(call.x)
+        for observer in waiting.values():
+            observer.end_pass()
+    ends = {path: observer.ends() for path, observer in observers.items()}
+    return unflatten_dict({(*path[:-1], name): ends[path][name] for path in ends for name in ends[path]})

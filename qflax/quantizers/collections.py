@@ -10,7 +10,12 @@ STATISTICS = "quantizer_stats"  # Observed or set: calibrated ranges, counts, fr
 CONSTRAINTS = "quantizer_constraints"  # What `PARAMETERS` must satisfy after every update.
 PENALTIES = "quantizer_penalties"  # Terms for the loss.
 BUDGETS = "accumulator_budgets"  # L1 norms that accumulators allow.
+OBSERVED = "quantizer_inputs"  # What the ranges of activations are chosen from, in a calibration pass.
 
 # Role -> collection whose being mutable makes a forward pass calibrate the quantizers of that role. They
 # stay empty.
 CALIBRATION = {"weights": "calibrate_weights", "activations": "calibrate_activations"}
+
+# Read by a calibration pass: a quantizer's range, in place of that of its batch, and the weight of a new
+# batch in the running average of ranges, in place of their mean.
+GIVEN = "calibration_given"

@@ -30,7 +30,7 @@ class ScaledQuantizer(Quantizer):
     | static, ema | -                                              |
 
     and for all of these in `quantizer_stats` the observed range, `x_max` and if asymmetric `x_min`, and
-    `count`, the number of batches that it comes from.
+    `count`, the number of batches that it comes from; a set that was calibrated as a whole is one.
     """
 
     @property
@@ -112,7 +112,7 @@ class ScaledQuantizer(Quantizer):
         if spec.scale == "dorefa":
             return self._rounded(jnp.float32(1 / fmt.threshold)), zero
         if spec.scale == "statistic":
-            x_max = floor_at(self._range(x), SMALLEST_RANGE)
+            x_max = floor_at(self._statistic.range_of(x)[1], SMALLEST_RANGE)
             return self._rounded(quotient(x_max, fmt.threshold)), zero
         # A learned scale needs the observed range to start from and never again.
         needed = spec.scale in ("static", "ema") or self._calibrating or self.is_initializing()

@@ -1,18 +1,51 @@
 """Statistics that choose the range of a uniform quantizer from data."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics import IntegerFormat
+from qflax.numerics import IntegerFormat, MinifloatFormat
 
 STATISTICS_KINDS = ("absmax", "percentile", "mse", "kl", "mean")
 
-_MSE_CANDIDATES = 100
+_CANDIDATES = 100
 _KL_BINS = 2048
-_KL_CANDIDATES = 100
 SMALLEST_RANGE = 1e-10
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """How a quantizer chooses its range, see `symmetric_range` and `asymmetric_range`.
+
+    Attributes:
+      kind: one of `STATISTICS_KINDS`.
+      format: the format that the range will be divided into.
+      symmetric: whether the range is one number, its end on both sides.
+      per_channel: one range for each element of the last axis instead of one in all.
+      percentile: in percent, for `percentile`.
+    """
+
+    kind: str
+    format: IntegerFormat | MinifloatFormat
+    symmetric: bool
+    per_channel: bool
+    percentile: float
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """What the range is chosen from, float32 [rows, elements]: magnitudes, or if asymmetric `x`."""
+        if self.symmetric:
+            return magnitudes(x, self.format, self.per_channel)
+        return x.astype(jnp.float32).reshape(1, -1)
+
+    def range_of(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """Lower end, which a symmetric range has none, and upper end: float32 [] or [channels]."""
+        options = {"percentile": self.percentile}
+        if self.symmetric:
+            return None, symmetric_range(x, self.kind, self.format, per_channel=self.per_channel, **options)
+        return asymmetric_range(x, self.kind, self.format, **options)
 
 
 def symmetric_range(
@@ -38,20 +71,21 @@ def symmetric_range(
     Returns:
       float32 [] or [channels].
     """
-    x = x.astype(jnp.float32)
-    magnitude = jnp.abs(x) if fmt.signed else jnp.maximum(x, 0.0)
-    rows = magnitude.reshape(-1, magnitude.shape[-1]).T if per_channel else magnitude.reshape(1, -1)
+    rows = magnitudes(x, fmt, per_channel)
     if kind == "absmax":
         ranges = jnp.max(rows, axis=1)
     elif kind == "percentile":
         ranges = jax.lax.stop_gradient(_percentile(rows, percentile))
     elif kind == "mean":
-        mean = jnp.mean(rows, axis=1)
-        ranges = jax.lax.stop_gradient(2 * mean / math.sqrt(fmt.highest) * fmt.threshold)
+        ranges = jax.lax.stop_gradient(range_of_mean(jnp.mean(rows, axis=1), fmt))
     else:
-        divergence = _squared_error if kind == "mse" else _kl_divergence
-        count = _MSE_CANDIDATES if kind == "mse" else _KL_CANDIDATES
-        ranges = _search(jax.lax.stop_gradient(rows), fmt, divergence, count)
+        rows = jax.lax.stop_gradient(rows)
+        largest = jnp.max(rows, axis=1)
+        if kind == "mse":
+            costs = squared_errors(rows, largest, fmt)
+        else:
+            costs = divergences(histogram(rows, largest), largest, fmt)
+        ranges = jnp.maximum(largest, SMALLEST_RANGE) * fractions()[jnp.argmin(costs, axis=0)]
     return ranges if per_channel else ranges[0]
 
 
@@ -65,9 +99,7 @@ def asymmetric_range(
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32).reshape(-1))
     if kind == "percentile":
-        n, tail = x.size, (100 - percentile) / 2
-        first = max(math.ceil(0.01 * tail * n), 1) - 1
-        last = min(math.floor(0.01 * (100 - tail) * n + 0.5), n) - 1
+        first, last = two_sided_ranks(percentile, x.size)
         ordered = jnp.sort(x)
         low, high = ordered[first], ordered[last]
     else:
@@ -75,59 +107,120 @@ def asymmetric_range(
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     if kind != "mse":
         return low, high
+    best = fractions()[jnp.argmin(asymmetric_squared_errors(x, low, high, fmt))]
+    return low * best, high * best
+
+
+def magnitudes(x: jax.Array, fmt: IntegerFormat, per_channel: bool) -> jax.Array:
+    """What symmetric ranges are chosen from: float32 [1 or channels, elements], not negative."""
+    x = x.astype(jnp.float32)
+    magnitude = jnp.abs(x) if fmt.signed else jnp.maximum(x, 0.0)
+    return magnitude.reshape(-1, magnitude.shape[-1]).T if per_channel else magnitude.reshape(1, -1)
+
+
+def one_sided_rank(percentile: float, n: int) -> int:
+    """Place of the percentile among `n` sorted magnitudes; 0 is the smallest."""
+    return min(max(math.floor(0.01 * percentile * n + 0.5), 1), n) - 1
+
+
+def two_sided_ranks(percentile: float, n: int) -> tuple[int, int]:
+    """Places of the ends of the middle `percentile` percent among `n` sorted elements; 0 is the lowest."""
+    tail = (100 - percentile) / 2
+    first = max(math.ceil(0.01 * tail * n), 1) - 1
+    last = min(math.floor(0.01 * (100 - tail) * n + 0.5), n) - 1
+    return first, last
+
+
+def range_of_mean(mean: jax.Array, fmt: IntegerFormat) -> jax.Array:
+    """The range of `mean` from the mean magnitude."""
+    return 2 * mean / math.sqrt(fmt.highest) * fmt.threshold
+
+
+def fractions() -> jax.Array:
+    """The candidates of `mse` and `kl`, as fractions of the largest magnitude: float32 [100]."""
+    return jnp.arange(1, _CANDIDATES + 1, dtype=jnp.float32) / _CANDIDATES
+
+
+def squared_errors(rows: jax.Array, largest: jax.Array, fmt: IntegerFormat) -> jax.Array:
+    """Of every candidate the squared error summed over each row: [100, rows].
+
+    Args:
+      rows: magnitudes [rows, elements]; bipolar and full-range formats are judged on their positive half.
+      largest: of the rows [rows], or of what they are a part of.
+      fmt: the format that the ranges will be divided into.
+    """
+    largest = jnp.maximum(largest, SMALLEST_RANGE)
+
+    def error(fraction):
+        scale = (largest * fraction / fmt.threshold)[:, None]
+        return jnp.sum((fmt.fake_quant(rows, scale) - rows) ** 2, axis=1)
+
+    return jax.lax.map(error, fractions())
+
+
+def asymmetric_squared_errors(x: jax.Array, low: jax.Array, high: jax.Array, fmt: IntegerFormat) -> jax.Array:
+    """Of every candidate, a fraction of both ends, the squared error summed over `x` [elements]: [100]."""
 
     def error(fraction):
         scale = jnp.maximum((high - low) * fraction, SMALLEST_RANGE) / (fmt.num_codes - 1)
         zero_point = jnp.clip(jnp.round(fmt.lowest - low * fraction / scale), fmt.lowest, fmt.highest)
         return jnp.sum((fmt.fake_quant(x, scale, zero_point) - x) ** 2)
 
-    fractions = jnp.arange(1, _MSE_CANDIDATES + 1) / _MSE_CANDIDATES
-    best = fractions[jnp.argmin(jax.lax.map(error, fractions))]
-    return low * best, high * best
+    return jax.lax.map(error, fractions())
+
+
+def histogram(rows: jax.Array, largest: jax.Array) -> jax.Array:
+    """Counts of the magnitudes `rows` in 2048 bins from 0 to `largest` [rows]: int32 [rows, bins]."""
+
+    def one(row, width):
+        bins = jnp.clip((row / width).astype(jnp.int32), 0, _KL_BINS - 1)
+        return jnp.zeros(_KL_BINS, jnp.int32).at[bins].add(1)
+
+    return jax.lax.map(lambda pair: one(*pair), (rows, _bin_width(largest)))
+
+
+def divergences(histograms: jax.Array, largest: jax.Array, fmt: IntegerFormat) -> jax.Array:
+    """Of every candidate KL(P || Q) for each row: [100, rows].
+
+    P is the clipped histogram of magnitudes, Q the same through the quantizer's bins.
+
+    Args:
+      histograms: counts [rows, 2048], of any dtype.
+      largest: upper ends of the histograms [rows].
+      fmt: the format that the ranges will be divided into.
+    """
+    widths, levels = _bin_width(largest), max(fmt.highest, 1)
+
+    def of_rows(fraction):
+        limits = jnp.maximum(largest, SMALLEST_RANGE) * fraction
+        rows = histograms.astype(jnp.float32), widths, limits
+        return jax.lax.map(lambda row: _divergence(*row, levels), rows)
+
+    return jax.lax.map(of_rows, fractions())
+
+
+def _divergence(counts: jax.Array, width: jax.Array, limit: jax.Array, levels: int) -> jax.Array:
+    centres = (jnp.arange(_KL_BINS) + 0.5) * width
+    inside = centres <= limit
+    reference = jnp.where(inside, counts, 0.0)
+    # Outliers are counted where clipping puts them, in the last bin inside.
+    last = jnp.maximum(jnp.sum(inside) - 1, 0)
+    reference = reference.at[last].add(jnp.sum(jnp.where(inside, 0.0, counts)))
+    level = jnp.clip(jnp.round(centres / limit * levels).astype(jnp.int32), 0, levels)
+    kept = jnp.where(inside, counts, 0.0)
+    occupied = (kept > 0).astype(jnp.float32)
+    mass = jnp.zeros(levels + 1).at[level].add(kept)
+    share = jnp.zeros(levels + 1).at[level].add(occupied)
+    model = jnp.where(occupied > 0, (mass / jnp.maximum(share, 1.0))[level], 0.0)
+    p = reference / jnp.sum(reference)
+    q = jnp.maximum(model / jnp.maximum(jnp.sum(model), 1.0), 1e-9)
+    return jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30) / q), 0.0))
+
+
+def _bin_width(largest: jax.Array) -> jax.Array:
+    return largest / _KL_BINS + SMALLEST_RANGE
 
 
 def _percentile(rows: jax.Array, percentile: float) -> jax.Array:
     n = rows.shape[1]
-    rank = min(max(math.floor(0.01 * percentile * n + 0.5), 1), n)  # 1 is the smallest.
-    return jax.lax.top_k(rows, n - rank + 1)[0][:, -1]
-
-
-def _search(rows, fmt, divergence, count) -> jax.Array:
-    """The fraction of each row's maximum with the least divergence from the data, times it."""
-    largest = jnp.maximum(jnp.max(rows, axis=1), SMALLEST_RANGE)
-    fractions = jnp.arange(1, count + 1, dtype=jnp.float32) / count
-    costs = jax.lax.map(lambda fraction: divergence(rows, largest * fraction, fmt), fractions)
-    return largest * fractions[jnp.argmin(costs, axis=0)]
-
-
-def _squared_error(rows, ranges, fmt) -> jax.Array:
-    # The rows hold magnitudes; bipolar and full-range formats are judged on their positive half.
-    scale = (ranges / fmt.threshold)[:, None]
-    return jnp.sum((fmt.fake_quant(rows, scale) - rows) ** 2, axis=1)
-
-
-def _kl_divergence(rows, ranges, fmt) -> jax.Array:
-    """KL(P || Q): P the clipped histogram of magnitudes, Q the same through the quantizer's bins."""
-    levels = max(fmt.highest, 1)
-
-    def one(row, limit):
-        width = jnp.max(row) / _KL_BINS + SMALLEST_RANGE
-        bins = jnp.clip((row / width).astype(jnp.int32), 0, _KL_BINS - 1)
-        histogram = jnp.zeros(_KL_BINS).at[bins].add(1.0)
-        centres = (jnp.arange(_KL_BINS) + 0.5) * width
-        inside = centres <= limit
-        reference = jnp.where(inside, histogram, 0.0)
-        # Outliers are counted where clipping puts them, in the last bin inside.
-        last = jnp.maximum(jnp.sum(inside) - 1, 0)
-        reference = reference.at[last].add(jnp.sum(jnp.where(inside, 0.0, histogram)))
-        level = jnp.clip(jnp.round(centres / limit * levels).astype(jnp.int32), 0, levels)
-        kept = jnp.where(inside, histogram, 0.0)
-        occupied = (kept > 0).astype(jnp.float32)
-        mass = jnp.zeros(levels + 1).at[level].add(kept)
-        share = jnp.zeros(levels + 1).at[level].add(occupied)
-        model = jnp.where(occupied > 0, (mass / jnp.maximum(share, 1.0))[level], 0.0)
-        p = reference / jnp.sum(reference)
-        q = jnp.maximum(model / jnp.maximum(jnp.sum(model), 1.0), 1e-9)
-        return jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30) / q), 0.0))
-
-    return jax.lax.map(lambda pair: one(*pair), (rows, ranges))
+    return jax.lax.top_k(rows, n - one_sided_rank(percentile, n))[0][:, -1]
