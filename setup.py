@@ -37,6 +37,7 @@ setup(
         "requests>=2.32",
         "safetensors>=0.4.5",
         "scikit-learn>=1.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66.5",

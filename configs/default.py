@@ -64,6 +64,9 @@ def get_config() -> ml_collections.ConfigDict:
     # signed: as in the paper. unsigned: both operands of an addition pass one activation layer before it, so
     # that integer hardware adds codes of one unsigned grid.
     config.residual = "signed"
+    # batch, or folded: convolutions have a bias instead, into which the norms of the network that this one
+    # starts from are folded.
+    config.norm = "batch"
     config.batch_norm_momentum = 0.9  # Weight of the old running statistics.
     config.batch_norm_epsilon = 1e-5
     config.dtype = "float32"  # Of convolutions in training: float32 or bfloat16. Evaluation is float32.
@@ -78,7 +81,24 @@ def get_config() -> ml_collections.ConfigDict:
     # and None or changed spec fields for one or several of the above.
     config.rules = ()
     config.calibration_examples = 1024  # Training images from which ranges are set before the first step.
-    config.calibration_batch_size = 256  # Ranges are averaged over whole batches of that size.
+    config.calibration_batch_size = 256  # They come in whole batches of that size.
+    # What becomes of the batches' ranges: batches is their mean, ema their running average; set is the range
+    # of all images as one batch, in up to four passes.
+    config.calibration = "batches"
+
+    # Post-training quantization (qflax calibrate), on the same images as calibration.
+    config.ptq = ml_collections.ConfigDict()
+    # Methods in their order: equalization, ranges, bias_correction, analytic_bias_correction,
+    # norm_reestimation; gptq, adaround (learned rounding, layer by layer) or brecq (by blocks, with ranges).
+    config.ptq.recipe = ("ranges", "norm_reestimation", "brecq")
+    config.ptq.iterations = 500  # Of adaround and brecq, per layer or block.
+    config.ptq.batch_size = 32  # Of an iteration.
+    config.ptq.learning_rate = 0.01  # Of the choices between the neighbours of a weight (Adam).
+    config.ptq.range_learning_rate = 0.001  # Of learned activation ranges, relative to their size (Adam).
+    config.ptq.strength = 0.01  # Of the regularizer that makes the choices final.
+    config.ptq.drop = 0.5  # brecq: share of activations that stay float in an iteration (QDrop); 0 is off.
+    config.ptq.damping = 0.01  # gptq: added to the Hessian's diagonal, relative to its mean.
+    config.ptq.report_examples = 2048  # Training images not calibrated on, on which every method is judged.
 
     # Start from the weights and norm statistics of this workdir's last checkpoint, or of a file of
     # torchvision's (.pth or .safetensors); "" is random.

@@ -15,4 +15,5 @@ def get_config():
     config.weights = default.minifloat(scale="statistic", granularity="per_channel", **e4m3)
     config.activations = default.minifloat(**e4m3)
     config.learning_rate = 0.01
+    config.ptq.recipe = ("equalization", "ranges", "bias_correction")  # 8 bits need no learned rounding.
     return config

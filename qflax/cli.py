@@ -100,30 +100,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     importing.add_argument("weights", type=pathlib.Path, help="a ResNet's .safetensors or .pth file")
     importing.add_argument("--workdir", type=pathlib.Path, required=True, help="folder to make")
-    importing.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
     importing.set_defaults(run=_import)
+    calibrating = commands.add_parser(
+        "calibrate", help="quantize a float run without training", allow_abbrev=False
+    )
+    calibrating.add_argument("source", type=pathlib.Path, help="folder of the float run")
+    calibrating.add_argument("--workdir", type=pathlib.Path, required=True, help="folder to make")
+    calibrating.set_defaults(run=_calibrate)
+    sensitivity = commands.add_parser(
+        "sensitivity", help="what each layer's quantization alone does to a float run", allow_abbrev=False
+    )
+    sensitivity.add_argument("source", type=pathlib.Path, help="folder of the float run")
+    sensitivity.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2], help="widths to measure")
+    sensitivity.set_defaults(run=_sensitivity)
+    for command in (importing, calibrating, sensitivity):
+        command.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
     options, options.rest = parser.parse_known_args(arguments)
-    if options.rest and options.run is not _import:
+    if options.rest and "config" not in options:
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     return _report_errors(lambda: options.run(options))
 
 
-def _import(options: argparse.Namespace) -> None:
+def _config_of(options: argparse.Namespace, example: str):
+    """The configuration of a command that is given one."""
     from absl import flags
     from ml_collections import config_flags
 
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
     given = [f"--config={options.config}"] if options.config else []
-    _require_config(
-        _parse(values, ["qflax", *given, *options.rest], config), config, "configs/resnet18_fp32.py"
+    _require_config(_parse(values, ["qflax", *given, *options.rest], config), config, example)
+    return config.value
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    config = _config_of(options, "configs/resnet20_int8_cifar10.py")
+    config.init_from = str(options.source)
+    from qflax import config as config_lib
+    from qflax import runtime
+
+    config_lib.validate(config)
+    runtime.configure(config.eval_batch_size)
+    from qflax.training.post_training import RECIPE_FILE, quantize
+
+    result = quantize(config, options.workdir)
+    print((options.workdir / RECIPE_FILE).read_text())
+    print(
+        f"test accuracy {result['test_accuracy']:.2%} (top 5 {result['test_top5_accuracy']:.2%}), "
+        f"weights {result['weight_bytes'] / 1024:.2f} KiB, {result['ptq_seconds']:.0f} s; "
+        f"everything is in {options.workdir}"
     )
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    config = _config_of(options, "configs/resnet20_int4_cifar10.py")
+    config.init_from = str(options.source)
+    from qflax import config as config_lib
+    from qflax import runtime
+
+    config_lib.validate(config)
+    runtime.configure(config.eval_batch_size)
+    from qflax.ptq.sensitivity import table
+    from qflax.training.post_training import measure_sensitivities
+
+    print(table(measure_sensitivities(config, options.bits)))
+
+
+def _import(options: argparse.Namespace) -> None:
+    config = _config_of(options, "configs/resnet18_fp32.py")
     from qflax import runtime
 
     runtime.configure()
     from qflax.training.workdir import import_weights
 
-    count = import_weights(options.weights, config.value, options.workdir)
+    count = import_weights(options.weights, config, options.workdir)
     print(f"{count:,} parameters of {options.weights} are in {options.workdir}; evaluate them with")
     print(f"qflax evaluate {options.workdir}")
 

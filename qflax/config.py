@@ -9,6 +9,7 @@ import ml_collections
 
 from qflax.data import DATASETS
 from qflax.errors import UserError, choose, closest, require
+from qflax.quantizers import CALIBRATIONS
 
 FILE = "config.json"
 
@@ -80,6 +81,7 @@ FIELDS = {
     "stem": _TEXT,
     "shortcut": _TEXT,
     "residual": _TEXT,
+    "norm": _TEXT,
     "batch_norm_momentum": _BELOW_ONE,
     "batch_norm_epsilon": _POSITIVE,
     "dtype": _one_of("float32", "bfloat16"),
@@ -90,6 +92,18 @@ FIELDS = {
     "rules": _of_type((tuple, list), "a tuple of mappings"),
     "calibration_examples": _COUNT,
     "calibration_batch_size": _COUNT,
+    "calibration": _one_of(*CALIBRATIONS),
+    "ptq": {
+        "recipe": _of_type((tuple, list), "a tuple of methods"),
+        "iterations": _COUNT,
+        "batch_size": _COUNT,
+        "learning_rate": _POSITIVE,
+        "range_learning_rate": _NOT_NEGATIVE,
+        "strength": _NOT_NEGATIVE,
+        "drop": _FRACTION,
+        "damping": _NOT_NEGATIVE,
+        "report_examples": _COUNT,
+    },
     "init_from": _TEXT,
     "dataset": _one_of(*DATASETS),
     "data_dir": _TEXT,

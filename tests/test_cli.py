@@ -119,7 +119,7 @@ def test_a_rule_that_matches_nothing_is_an_error(tmp_path):
     assert "'conv_int'" in result.stderr and "did you mean 'conv_init'" in result.stderr
 
 
-def test_imported_weights_are_a_workdir(tmp_path):
+def test_imported_weights_are_a_workdir_that_can_be_quantized(tmp_path):
     """The network of `resnet8`, under the names that torchvision would give it."""
     sizes = {"conv1": (16, 3, 3, 3), "fc": (10, 64), "layer2.0.downsample.0": (32, 16, 1, 1)}
     sizes["layer3.0.downsample.0"] = (64, 32, 1, 1)
@@ -151,3 +151,13 @@ def test_imported_weights_are_a_workdir(tmp_path):
     assert evaluated.returncode == 0 and "test accuracy 10" in evaluated.stdout, evaluated.stderr
     unknown = call("-m", "qflax", "evaluate", str(tmp_path / "run"), "--sppeed=3")
     assert unknown.returncode == 2 and "--sppeed=3" in unknown.stderr
+    given = ["--config=configs/resnet20_int8_cifar10.py", "--config.calibration_examples=32"]
+    recipe = "--config.ptq.recipe=('ranges',)"
+    command = ("-m", "qflax", "calibrate", str(tmp_path / "run"), f"--workdir={tmp_path / 'int8'}", *given)
+    bad = call(*command)
+    assert bad.returncode == 2 and "another network or other inputs (dataset is 'digits' there" in bad.stderr
+    assert not (tmp_path / "int8").exists()
+    quantized = call(*command, *fields, recipe, "--config.ptq.report_examples=64")
+    assert quantized.returncode == 0, quantized.stderr
+    assert "ranges" in quantized.stdout and "weights 75.59 KiB" in quantized.stdout
+    assert (tmp_path / "int8" / "recipe.txt").exists()

@@ -3,7 +3,6 @@
 from qflax.layers.accumulation import Accumulation
 from qflax.layers.activation import Activation, Quantize
 from qflax.layers.conv import Conv
-from qflax.layers.corrections import correct_biases, reestimate_norms
 from qflax.layers.cost import COST, LayerCost, layer_costs, sizes, sown_costs
 from qflax.layers.dense import Dense
 from qflax.layers.pool import AveragePool, MaxPool
@@ -20,9 +19,7 @@ __all__ = [
     "LayerCost",
     "MaxPool",
     "Quantize",
-    "correct_biases",
     "layer_costs",
-    "reestimate_norms",
     "sizes",
     "sown_costs",
 ]

@@ -1,14 +1,17 @@
 """Models by name."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from qflax.errors import choose
 from qflax.layers import Activation, Add, AveragePool, Conv, Dense, MaxPool, Quantize
 from qflax.models.resnet import (
+    NORMS,
     RESIDUALS,
     SHORTCUTS,
     STEMS,
@@ -45,6 +48,7 @@ def build_model(
     stem: str,
     shortcut: str,
     residual: str,
+    norm: str,
     batch_norm_momentum: float,
     batch_norm_epsilon: float,
     dtype: jnp.dtype = jnp.float32,
@@ -59,6 +63,7 @@ def build_model(
       stem: `3x3` for small images, `7x7` for those of ImageNet.
       shortcut: `A` (no parameters) or `B` (1x1 convolution).
       residual: what is added, `signed` (as in the paper) or `unsigned` (codes of one grid), see `Block`.
+      norm: `batch`, or `folded`: convolutions have a bias instead, see `ptq.fold_norms`.
       batch_norm_momentum: weight of the old running statistics.
       batch_norm_epsilon: added to the variance.
       dtype: dtype of convolutions and norms; parameters, statistics and quantizers stay float32.
@@ -72,6 +77,7 @@ def build_model(
     choose("stem", stem, STEMS)
     choose("shortcut", shortcut, SHORTCUTS)
     choose("residual", residual, RESIDUALS)
+    choose("norm", norm, NORMS)
     policy = {"quantization": quantization}
     return ResNet(
         **_ARCHITECTURES[name]._asdict(),
@@ -79,9 +85,11 @@ def build_model(
         stem=stem,
         shortcut=shortcut,
         residual=residual,
-        conv=functools.partial(Conv, use_bias=False, dtype=dtype, kernel_init=conv_init, **policy),
+        conv=functools.partial(Conv, use_bias=norm == "folded", dtype=dtype, kernel_init=conv_init, **policy),
         dense=functools.partial(Dense, dtype=dtype, kernel_init=nn.initializers.zeros, **policy),
-        norm=functools.partial(
+        norm=_no_norm
+        if norm == "folded"
+        else functools.partial(
             nn.BatchNorm,
             momentum=batch_norm_momentum,
             epsilon=batch_norm_epsilon,
@@ -94,3 +102,9 @@ def build_model(
         pool=functools.partial(AveragePool, **policy),
         max_pool=MaxPool,
     )
+
+
+def _no_norm(**options) -> Callable[[jax.Array], jax.Array]:
+    """Stands for a norm that is folded into the convolution before it."""
+    del options
+    return lambda x: x

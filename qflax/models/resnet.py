@@ -11,6 +11,7 @@ from qflax.quantizers import QuantizedArray, value_of
 STEMS = ("3x3", "7x7")
 SHORTCUTS = ("A", "B")
 RESIDUALS = ("signed", "unsigned")
+NORMS = ("batch", "folded")
 
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 

@@ -13,7 +13,7 @@ from qflax.data.augment import Augmentation
 from qflax.errors import require
 from qflax.layers import LayerCost, layer_costs
 from qflax.models import build_model
-from qflax.quantizers import STATISTICS, Quantization, quantization_from_config
+from qflax.quantizers import FLOAT, STATISTICS, Quantization, quantization_from_config
 from qflax.runtime import available_cores
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
 from qflax.training.parallel import AXIS, Devices
@@ -46,9 +46,13 @@ def quantization(config: ml_collections.ConfigDict, axis_name: str | None = None
 
 
 def model(
-    config: ml_collections.ConfigDict, *, dtype: str = "float32", axis_name: str | None = None
+    config: ml_collections.ConfigDict,
+    policy: Quantization | None = None,
+    *,
+    dtype: str = "float32",
+    axis_name: str | None = None,
 ) -> nn.Module:
-    """The network; by default the one to evaluate: in float32, on one device.
+    """The network; by default the one to evaluate: in float32, on one device, quantized as the config says.
 
     Raises:
       UserError: an impossible spec.
@@ -59,12 +63,25 @@ def model(
         stem=config.stem,
         shortcut=config.shortcut,
         residual=config.residual,
+        norm=config.norm,
         batch_norm_momentum=config.batch_norm_momentum,
         batch_norm_epsilon=config.batch_norm_epsilon,
         dtype=jnp.dtype(dtype),
-        quantization=quantization(config, axis_name),
+        quantization=quantization(config, axis_name) if policy is None else policy,
         axis_name=axis_name,
     )
+
+
+def float_model(config: ml_collections.ConfigDict) -> nn.Module:
+    """The same network without quantizers."""
+    return model(config, FLOAT)
+
+
+def immediate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration of the same network, whose norms have no memory of earlier batches."""
+    config = config.copy_and_resolve_references()
+    config.batch_norm_momentum = 0.0
+    return config
 
 
 def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[LayerCost, ...]:
@@ -73,11 +90,17 @@ def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tupl
     return layer_costs(model(config), variables, example, train=False)
 
 
-def check_quantization(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError` for a rule that matches no layer, or for size targets without learned widths."""
+def check_rules(config: ml_collections.ConfigDict) -> dict:
+    """Raises `UserError` for a rule that matches no layer; returns abstract variables."""
     variables = abstract_state(config).variables
     costs = measure_costs(config, variables)
     quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)
+    return variables
+
+
+def check_quantization(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` for a rule that matches no layer, or for size targets without learned widths."""
+    variables = check_rules(config)
     leaves = jax.tree_util.tree_leaves_with_path(variables[STATISTICS])
     # Quantizers are named after their roles; outputs are activations, too.
     learned = {path[-2].key for path, _ in leaves if path[-1].key == "frozen"}

@@ -12,12 +12,12 @@ import numpy as np
 
 from qflax import config as config_lib
 from qflax.data import load_training
-from qflax.data.augment import normalize
 from qflax.errors import require
 from qflax.layers import sizes
 from qflax.quantizers import PARAMETERS, STATISTICS, widths_frozen
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
+from qflax.training.calibration import CalibrationBatches
 from qflax.training.checkpoints import FOLDER, Checkpoints
 from qflax.training.logs import Logs, Progress
 from qflax.training.meter import Meter, require_finite
@@ -106,16 +106,8 @@ class Trainer:
             latest = checkpoints.latest_step()
             if latest is not None:
                 return checkpoints.restore(build.abstract_state(config), latest), latest
-        return build.state(config, starting_variables(config, self._calibration_batches)), 0
-
-    def _calibration_batches(self):
-        """Normalised training images, the first of the first epoch, in whole batches."""
-        config = self.config
-        count = min(config.calibration_examples, self.num_examples)
-        size = min(config.calibration_batch_size, count)
-        fields = {"seed": config.seed, "batch_size": size, "num_batches": count // size}
-        for batch in self.train_set.calibration_batches(**fields):
-            yield normalize(batch.images, config.mean, config.std)
+        batches = CalibrationBatches(config, self.train_set)
+        return build.state(config, starting_variables(config, batches)), 0
 
     def _steps(self, logs: Logs, progress: Progress) -> tuple[TrainState, dict[str, float]]:
         """Makes all steps that are left; returns the last training metrics too.

@@ -1,49 +1,136 @@
-"""The variables that training starts from: random or another run's, calibrated for the quantizers."""
+"""The variables that a run starts from: random or another run's, calibrated for the quantizers."""
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
-from qflax.layers import correct_biases, reestimate_norms
-from qflax.quantizers import BUDGETS, ROLES, calibrate, project_weights
+from qflax import config as config_lib
+from qflax.errors import require
+from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
+from qflax.ptq import correct_biases, fold_norms, reestimate_norms, set_ranges
+from qflax.quantizers import PARAMETERS, ROLES, STATISTICS, calibrate, widths_frozen
 from qflax.training import build
-from qflax.training.state import initial_variables
-from qflax.training.workdir import start_from
+from qflax.training.optimizers import WEIGHTS
+from qflax.training.state import BATCH_STATS, initial_variables
+from qflax.training.workdir import load_workdir
+
+# With other ones, the same weights are another function.
+_SAME_FUNCTION = ("dataset", "mean", "std", "model", "stem", "shortcut", "residual", "norm")
+_QUANTIZATION = (*ROLES, "rules")
 
 
-def starting_variables(config: ml_collections.ConfigDict, batches: Callable[[], Iterable[jax.Array]]) -> dict:
+def starting_variables(config: ml_collections.ConfigDict, batches: Iterable[jax.Array]) -> dict:
     """Variables of step 0.
 
     Another run's weights are projected onto what accumulators allow, where they are accumulator-aware
     (EP-init); activation ranges, norm statistics and biases are then set again, behind the projected weights.
+    The ranges of a run with the very same quantizers are kept as they are.
 
     Args:
       config: of the run.
-      batches: gives the calibration batches, as often as it is called.
+      batches: for calibration; passed over several times.
 
     Raises:
       UserError: `config.init_from` is no run of the same network.
     """
     network = build.model(config)
     variables = initial_variables(network, build.image_format(config).image_shape, config.seed)
+    over = {"over": config.calibration, "train": True}
     if not config.init_from:
-        return calibrate(network, variables, batches(), train=True)
-    original = start_from(pathlib.Path(config.init_from), config, variables)
-    variables = calibrate(network, original, batches(), train=True)
-    example = next(iter(batches()))[:1]
-    _, state = network.apply(variables, example, train=False, mutable=[BUDGETS])
-    if not state.get(BUDGETS):
+        return calibrate(network, variables, batches, **over)
+    original, kept = start_from(config, variables)
+    if kept:
+        return original
+    variables, projected = set_ranges(network, original, batches, **over)
+    if not projected:
         return variables
-    variables = project_weights(variables, state[BUDGETS])
-    variables = calibrate(network, variables, batches(), roles=("activations",), train=True)
-    immediate = config.copy_and_resolve_references()
-    immediate.batch_norm_momentum = 0.0
-    variables = reestimate_norms(build.model(immediate), variables, batches())
-    reference = config.copy_and_resolve_references()
-    with reference.unlocked():
-        for role in ROLES:
-            reference[role] = None
-        reference.rules = ()
-    return correct_biases(network, variables, build.model(reference), original, batches())
+    immediate = build.immediate(config)
+    variables = reestimate_norms(
+        build.model(immediate), variables, build.float_model(immediate), original, batches
+    )
+    return correct_biases(network, variables, build.float_model(config), original, batches)
+
+
+def start_from(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[dict, bool]:
+    """Variables with the weights and norm statistics that `config.init_from` names.
+
+    Args:
+      config: of this run.
+      variables: of this run, real or abstract.
+
+    Returns:
+      The variables, and whether the quantizers' are the other run's, too: where it has the same ones, and
+      none that learns its width.
+
+    Raises:
+      UserError: another network, data set or normalisation; names and shapes differ.
+    """
+    source = pathlib.Path(config.init_from)
+    if source.suffix in STATE_DICTS:
+        return {**variables, **_imported(source, config, variables)}, False
+    its, state = load_workdir(source)
+    folding = config.norm == "folded" and its.norm == "batch"
+    _require_same_function(config, its, folding)
+    served = _fold(its, state.served) if folding else state.served
+    _require_same_shapes(config, variables, served)
+    taken = [WEIGHTS, BATCH_STATS]
+    own, theirs = config_lib.plain(config), config_lib.plain(its)
+    same = all(own[name] == theirs[name] for name in _QUANTIZATION) and not folding
+    same = same and widths_frozen(served[STATISTICS]) is None and bool(served[STATISTICS])
+    if same:
+        taken += [PARAMETERS, STATISTICS]
+    return {**variables, **{name: served[name] for name in taken if name in served}}, same
+
+
+def _imported(file: pathlib.Path, config: ml_collections.ConfigDict, variables: Mapping) -> dict:
+    """Weights of a file of torchvision's."""
+    where = f"config.init_from={str(file)!r}"
+    if config.norm == "batch":
+        return from_torchvision(read_state_dict(file), variables, where)
+    normed = config.copy_and_resolve_references()
+    normed.norm = "batch"
+    abstract = build.abstract_state(normed).variables
+    return _fold(normed, from_torchvision(read_state_dict(file), abstract, where))
+
+
+def _fold(config: ml_collections.ConfigDict, variables: Mapping) -> dict:
+    """Weights of the network without norms from those of one with them."""
+    example = jnp.zeros((1, *build.image_format(config).image_shape), jnp.float32)
+    weights = {name: variables.get(name, {}) for name in (WEIGHTS, BATCH_STATS)}
+    return {**variables, BATCH_STATS: {}, **fold_norms(build.float_model(config), weights, example)}
+
+
+def _require_same_function(config, its, folding: bool) -> None:
+    own, theirs = config_lib.plain(config), config_lib.plain(its)
+    names = [name for name in _SAME_FUNCTION if not (folding and name == "norm")]
+    differing = [
+        f"{name} is {its[name]!r} there, {config[name]!r} here" for name in names if theirs[name] != own[name]
+    ]
+    require(
+        not differing,
+        f"config.init_from={config.init_from!r}: another network or other inputs "
+        f"({'; '.join(differing[:3])}); start from a run of the same ones",
+    )
+
+
+def _require_same_shapes(config, variables: Mapping, served: Mapping) -> None:
+    for collection in (WEIGHTS, BATCH_STATS):
+        new, old = (_shapes(tree.get(collection, {})) for tree in (variables, served))
+        wrong = [
+            f"{name}: {old.get(name, 'missing')} there, {new.get(name, 'missing')} here"
+            for name in sorted(new.keys() | old.keys())
+            if new.get(name) != old.get(name)
+        ]
+        require(
+            not wrong,
+            f"config.init_from={config.init_from!r}: another network's {collection} ({'; '.join(wrong[:3])}"
+            f"{'; ...' if len(wrong) > 3 else ''}); start from a run of the same model and data set",
+        )
+
+
+def _shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}

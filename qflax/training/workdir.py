@@ -23,7 +23,7 @@ from qflax.training.evaluate import Evaluator
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
-from qflax.training.state import BATCH_STATS, TrainState
+from qflax.training.state import TrainState
 
 if TYPE_CHECKING:
     from qflax.data.streamed import StreamedDataset
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
 TABLE_FILE = "layers.txt"
-
-# With other ones, the same weights are another function.
-_SAME_FUNCTION = ("dataset", "mean", "std", "model", "stem", "shortcut", "residual")
 
 
 def load_workdir(
@@ -62,51 +59,6 @@ def load_workdir(
     return config, state
 
 
-def start_from(workdir: pathlib.Path, config: ml_collections.ConfigDict, variables: Mapping) -> dict:
-    """Variables with the weights and norm statistics of another run, which may be quantized otherwise.
-
-    Args:
-      workdir: of the other run, or a file of torchvision's weights.
-      config: of this run.
-      variables: of this run; quantizer parameters stay as they are.
-
-    Raises:
-      UserError: another network, data set or normalisation; names and shapes differ.
-    """
-    if workdir.suffix in STATE_DICTS:
-        return from_torchvision(read_state_dict(workdir), variables, f"config.init_from={str(workdir)!r}")
-    its, state = load_workdir(workdir)
-    own = config_lib.plain(config)
-    differing = [name for name in _SAME_FUNCTION if config_lib.plain(its)[name] != own[name]]
-    require(
-        not differing,
-        f"config.init_from={str(workdir)!r}: another network or other inputs ("
-        + "; ".join(f"{name} is {its[name]!r} there, {config[name]!r} here" for name in differing[:3])
-        + "); start from a run of the same ones",
-    )
-    variables = dict(variables)
-    for collection in (WEIGHTS, BATCH_STATS):
-        new, old = (
-            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-            for leaves in (
-                jax.tree_util.tree_leaves_with_path(tree.get(collection, {}))
-                for tree in (variables, state.served)
-            )
-        )
-        wrong = [
-            f"{name}: {old.get(name, 'missing')} there, {new.get(name, 'missing')} here"
-            for name in sorted(new.keys() | old.keys())
-            if new.get(name) != old.get(name)
-        ]
-        require(
-            not wrong,
-            f"config.init_from={str(workdir)!r}: another network's {collection} ({'; '.join(wrong[:3])}"
-            f"{'; ...' if len(wrong) > 3 else ''}); start from a run of the same model and data set",
-        )
-        variables[collection] = state.served[collection]
-    return variables
-
-
 def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     """Makes a workdir of torchvision's weights, as of a run at step 0.
 
@@ -122,8 +74,7 @@ def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdi
       UserError: the weights do not fit, the network is quantized, or the workdir is there already.
     """
     config_lib.validate(config)
-    made = [name for name in (config_lib.FILE, FOLDER, RESULT_FILE) if (workdir / name).exists()]
-    require(not made, f"{workdir}: there is a {made[0]} already; choose another --workdir" if made else "")
+    require_unused(workdir)
     quantized = [role for role in ROLES if config[role] is not None]
     require(
         not quantized and not config.rules,
@@ -139,6 +90,12 @@ def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdi
     checkpoints.save(jax.device_get(state), 0)
     checkpoints.close()
     return count_parameters(variables)
+
+
+def require_unused(workdir: pathlib.Path) -> None:
+    """Raises `UserError` if there is a run in the workdir."""
+    made = [name for name in (config_lib.FILE, FOLDER, RESULT_FILE) if (workdir / name).exists()]
+    require(not made, f"{workdir}: there is a {made[0]} already; choose another --workdir" if made else "")
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:

@@ -56,6 +56,7 @@ def network(config, epsilon):
         stem=config.stem,
         shortcut=config.shortcut,
         residual=config.residual,
+        norm="batch",
         batch_norm_momentum=0.9,
         batch_norm_epsilon=float(epsilon),
         quantization=build.quantization(config),

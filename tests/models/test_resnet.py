@@ -19,7 +19,14 @@ FLOAT = Quantization()
 
 
 def make(
-    name="resnet20", shortcut="A", quantization=FLOAT, stem="3x3", residual="signed", num_classes=10, **fields
+    name="resnet20",
+    shortcut="A",
+    quantization=FLOAT,
+    stem="3x3",
+    residual="signed",
+    norm="batch",
+    num_classes=10,
+    **fields,
 ):
     return build_model(
         name,
@@ -27,6 +34,7 @@ def make(
         stem=stem,
         shortcut=shortcut,
         residual=residual,
+        norm=norm,
         batch_norm_momentum=0.9,
         batch_norm_epsilon=1e-5,
         quantization=quantization,

@@ -157,6 +157,7 @@ def test_logits_are_those_of_torchvision(golden, shapes, name):
         stem="7x7",
         shortcut="B",
         residual="signed",
+        norm="batch",
         batch_norm_momentum=0.9,
         batch_norm_epsilon=1e-5,
     )

@@ -1,4 +1,4 @@
-"""Norm statistics and biases after quantization."""
+"""Mean outputs of layers after quantization."""
 
 import functools
 
@@ -6,8 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from qflax.layers import Activation, Conv, Dense, correct_biases, reestimate_norms
+from qflax.errors import UserError
+from qflax.layers import Activation, Conv, Dense
+from qflax.ptq import correct_biases, correct_biases_analytically
 from qflax.quantizers import FLOAT, Quantization, Uniform, calibrate, value_of
 
 RNG = np.random.default_rng(0)
@@ -18,7 +21,6 @@ class Net(nn.Module):
     """Names out of alphabetical order, with a norm."""
 
     quantization: Quantization = FLOAT
-    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -26,7 +28,7 @@ class Net(nn.Module):
         x = Conv(8, (3, 3), name="z_conv", **policy)(x)
         x = Activation(name="act", **policy)(x)
         x = Conv(8, (3, 3), use_bias=False, name="b_conv", **policy)(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, name="norm")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
         return Dense(4, name="a_dense", **policy)(jnp.mean(value_of(x), (1, 2)))
 
 
@@ -61,17 +63,6 @@ def start():
     return model, calibrate(model, variables, BATCHES, train=True)
 
 
-def test_norms_get_the_mean_statistics_of_the_batches():
-    model, variables = start()
-    immediate = Net(COARSE, momentum=0.0)
-    variables = reestimate_norms(immediate, variables, BATCHES)
-    inputs = outputs(model, variables, "b_conv")
-    statistics = variables["batch_stats"]["norm"]
-    np.testing.assert_allclose(statistics["mean"], inputs.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    per_batch = [part.var((0, 1, 2)) for part in np.split(inputs, 3)]
-    np.testing.assert_allclose(statistics["var"], np.mean(per_batch, 0), rtol=1e-4)
-
-
 def test_every_biased_layer_gets_the_float_network_s_mean():
     model, variables = start()
     reference = Net()
@@ -102,6 +93,57 @@ def test_biases_are_corrected_behind_quantized_outputs_too():
     assert np.max(np.abs(after - goal)) < 2e-3 < np.max(np.abs(before - goal))
 
 
-def test_without_norms_there_is_nothing_to_reestimate():
-    variables = {"params": {}}
-    assert reestimate_norms(Net(), variables, BATCHES) == variables
+def test_a_norm_takes_the_shift_of_a_layer_without_a_bias():
+    model, variables = start()
+    corrected = correct_biases(model, variables, Net(), variables, BATCHES)
+    goal, before, after = (
+        outputs(network, v, "norm").mean((0, 1, 2))
+        for network, v in ((Net(), variables), (model, variables), (model, corrected))
+    )
+    assert np.max(np.abs(before - goal)) > 1e-2
+    np.testing.assert_allclose(after, goal, atol=1e-5)
+
+
+class Normed(nn.Module):
+    """Norm, ReLU and a layer whose weights alone are quantized; with or without padding."""
+
+    quantization: Quantization = FLOAT
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = Conv(8, (1, 1), use_bias=False, name="first")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = Activation(name="act")(x)
+        return Conv(
+            6,
+            (3, 3),
+            padding="VALID",
+            feature_group_count=2,
+            name="second",
+            quantization=self.quantization,
+        )(x)
+
+
+def test_the_analytic_correction_is_that_of_normal_inputs():
+    """With normal inputs, as many as it takes, it is the empirical one up to their sampling error."""
+    batches = [RNG.normal(size=(256, 6, 6, 3)).astype(np.float32) for _ in range(4)]
+    model, reference = Normed(Quantization(weights=Uniform(bits=2))), Normed()
+    variables = model.init(jax.random.key(1), batches[0], train=False)
+    params = variables["params"]
+    norm = {"scale": jnp.linspace(0.5, 2, 8), "bias": jnp.linspace(-1, 1, 8)}
+    variables = {**variables, "params": {**params, "norm": norm}}
+    pixels = np.concatenate(batches).reshape(-1, 3) @ np.asarray(params["first"]["kernel"])[0, 0]
+    statistics = {"norm": {"mean": pixels.mean(0), "var": pixels.var(0)}}
+    variables = calibrate(model, {**variables, "batch_stats": statistics}, batches, train=False)
+    arguments = model, variables, reference, variables
+    analytic = correct_biases_analytically(*arguments, batches[0][:1])["params"]["second"]["bias"]
+    empirical = correct_biases(*arguments, batches)["params"]["second"]["bias"]
+    assert np.max(np.abs(empirical)) > 0.1
+    np.testing.assert_allclose(analytic, empirical, atol=0.02)
+
+
+def test_without_a_norm_before_a_layer_nothing_is_known_analytically():
+    variables = Plain(Dense(4)).init(jax.random.key(0), BATCHES[0], train=False)
+    with pytest.raises(UserError, match="use 'bias_correction'") as error:
+        correct_biases_analytically(Plain(Dense(4)), variables, Plain(Dense(4)), variables, BATCHES[0][:1])
+    assert "\n" not in str(error.value)

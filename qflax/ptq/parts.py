@@ -1,0 +1,85 @@
+"""The parts in which a network is reconstructed: layers, or blocks."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+
+from qflax.errors import require
+from qflax.ptq.taps import record_calls
+from qflax.ptq.wiring import Wiring
+from qflax.quantizers import AccumulatorAware, Quantizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is reconstructed at once.
+
+    Attributes:
+      start: path of the module that gets the part's input.
+      end: path of the module that returns its output.
+      kernels: paths of the layers whose rounding is learned.
+      activations: paths of the quantizers inside; empty where they are not the part's business.
+    """
+
+    start: str
+    end: str
+    kernels: tuple[str, ...]
+    activations: tuple[str, ...] = ()
+
+
+def layer_parts(model: nn.Module, reference: nn.Module, variables: Mapping, example: jax.Array) -> list[Part]:
+    """Single layers, each with the norm and the activation function behind it (AdaRound, section 3.5)."""
+    learnable = _learnable_kernels(model, variables, example)
+    chains = Wiring(reference, variables, example).chains
+    own = [chain for chain in chains if chain.layer in learnable]
+    return [Part(start=chain.layer, end=chain.last, kernels=(chain.layer,)) for chain in own]
+
+
+def block_parts(model: nn.Module, reference: nn.Module, variables: Mapping, example: jax.Array) -> list[Part]:
+    """The modules that the network consists of, each with what alone its output passes through (BRECQ)."""
+    learnable = _learnable_kernels(model, variables, example)
+    wiring = Wiring(reference, variables, example)
+    quantizers = [call.path for call in _quantizer_calls(model, variables, example)]
+    quantizers = [path for path in dict.fromkeys(quantizers) if not path.endswith("/weights")]
+    chains = {chain.layer: chain for chain in wiring.chains}
+    parts = []
+    for start in _blocks(list(wiring.modules), learnable):
+        inside = tuple(path for path in learnable if f"{path}/".startswith(f"{start}/"))
+        behind = chains[start].behind if start in chains else ()
+        own = [path for path in quantizers if path.startswith(f"{start}/")]
+        own += [path for path in quantizers if path.rpartition("/")[0] in behind]
+        end = behind[-1] if behind else start
+        parts.append(Part(start=start, end=end, kernels=inside, activations=tuple(own)))
+    return parts
+
+
+def _blocks(paths: Sequence[str], kernels: Sequence[str]) -> list[str]:
+    """The outermost modules with kernels, below a module that holds all of them."""
+    prefix = ""
+    while True:
+        depth = prefix.count("/") + 1
+        children = list(dict.fromkeys("/".join(k.split("/")[:depth]) for k in kernels))
+        if len(children) != 1 or children[0] in kernels:
+            return [path for path in paths if path in children]
+        prefix = f"{children[0]}/"
+
+
+def _quantizer_calls(model, variables, example):
+    return [c for c in record_calls(model, variables, example) if isinstance(c.module, Quantizer)]
+
+
+def _learnable_kernels(model: nn.Module, variables: Mapping, example: jax.Array) -> list[str]:
+    """Layers whose weights are on a grid of their own, in the order of the network."""
+    paths = [
+        call.path.removesuffix("/weights")
+        for call in _quantizer_calls(model, variables, example)
+        if call.module.weights and not isinstance(call.module.spec, AccumulatorAware)
+    ]
+    require(
+        bool(paths),
+        "learned rounding: no layer has weights on a grid of their own (kind uniform, minifloat or "
+        "mixed_precision); leave it out of the recipe",
+    )
+    return list(dict.fromkeys(paths))

@@ -1,0 +1,33 @@
+"""Ranges of all quantizers behind given weights, and weights that accumulators allow (EP-init)."""
+
+from collections.abc import Iterable, Mapping
+
+import flax.linen as nn
+import jax
+
+from qflax.quantizers import BUDGETS, calibrate, project_weights
+
+
+def set_ranges(
+    model: nn.Module, variables: Mapping, batches: Iterable[jax.Array], **calibration
+) -> tuple[dict, bool]:
+    """Calibrates all quantizers; accumulator-aware weights are projected onto what accumulators allow.
+
+    The projection (Colbert et al. 2024, "A2Q+", section 3.3) changes kernels, so that activation ranges are
+    set again behind them; norm statistics and biases should be, too.
+
+    Args:
+      model: the quantized network.
+      variables: its variables.
+      batches: model inputs [batch, ...], all of one shape; passed over several times.
+      **calibration: arguments of `quantizers.calibrate`, and of the model.
+
+    Returns:
+      The variables, and whether weights were projected.
+    """
+    variables = calibrate(model, variables, batches, **calibration)
+    _, state = model.apply(variables, next(iter(batches))[:1], train=False, mutable=[BUDGETS])
+    if not state.get(BUDGETS):
+        return variables, False
+    variables = project_weights(variables, state[BUDGETS])
+    return calibrate(model, variables, batches, roles=("activations",), **calibration), True

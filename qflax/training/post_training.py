@@ -1,0 +1,307 @@
+"""Post-training quantization of a run: from its workdir and a configuration to another workdir."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from qflax import config as config_lib
+from qflax.data import load_training
+from qflax.errors import UserError, require
+from qflax.ptq.allocation import allocate, rules_of
+from qflax.ptq.divergence import compare_outputs
+from qflax.ptq.recipe import Networks, Settings, apply_recipe, check_recipe
+from qflax.ptq.reconstruction import Reconstruction
+from qflax.ptq.sensitivity import Sensitivity, sensitivities
+from qflax.ptq.sensitivity import table as sensitivity_table
+from qflax.ptq.taps import collect
+from qflax.quantizers import ROLES
+from qflax.training import build
+from qflax.training import workdir as workdir_lib
+from qflax.training.calibration import CalibrationBatches
+from qflax.training.checkpoints import Checkpoints
+from qflax.training.logs import Logs, Progress
+from qflax.training.optimizers import WEIGHTS
+from qflax.training.parallel import Devices
+from qflax.training.provenance import provenance
+from qflax.training.start import start_from
+from qflax.training.state import BATCH_STATS, initial_variables
+from qflax.training.table import cost_table, cost_totals
+
+SENSITIVITY_FILE = "sensitivity.txt"
+RECIPE_FILE = "recipe.txt"
+_WIDTHS = (8, 6, 4, 3, 2)  # That layers may get under a size target.
+_SENSITIVITY_EXAMPLES = 512
+_KIB = 8 * 1024  # Bits.
+
+
+def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
+    """Quantizes the run `config.init_from` as the configuration says, without training.
+
+    Under `config.size_targets` every layer gets a width of its own, by its sensitivity; they are added to
+    the rules of the configuration that the workdir keeps.
+
+    Args:
+      config: see `configs/default.py`; of a quantized network, with the recipe in `config.ptq`.
+      workdir: folder to make; it becomes an ordinary workdir, as of a run at step 0. It is written when all
+        is done.
+
+    Returns:
+      The result, as written to `result.json`.
+
+    Raises:
+      UserError: bad input, naming the field.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir_lib.require_unused(workdir)
+    run, began = Run(config.copy_and_resolve_references()), time.monotonic()
+    progress = Progress(len(config.ptq.recipe), 0, 1.0)
+    try:
+        tables = {}
+        if any(config.size_targets.values()):
+            tables[SENSITIVITY_FILE] = run.allocate(progress.say)
+        networks = run.networks()
+        recipe = _Recipe(_Judge(networks, run.others), progress)
+        networks = apply_recipe(
+            networks,
+            config.ptq.recipe,
+            run.batches,
+            settings(config),
+            done=recipe.done,
+            progress=progress.say,
+        )
+    finally:
+        progress.close()
+    tables[RECIPE_FILE] = recipe_table(recipe.rows)
+    return _finish(run.config, workdir, networks, recipe.rows, tables, time.monotonic() - began)
+
+
+def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, object]:
+    """Evaluates on the test split, once, and writes the workdir."""
+    state = jax.device_get(build.state(config, dict(networks.variables)))
+    devices = Devices()
+    test = workdir_lib.load_evaluator(config, "test", devices)(devices.replicate(state.served))
+    costs, origin = build.measure_costs(config, state.served), provenance(len(devices))
+    tables = {**tables, workdir_lib.TABLE_FILE: cost_table(costs, config.size_targets, config.size_strengths)}
+    result = {
+        "test_accuracy": test["accuracy"],
+        "test_top5_accuracy": test["top5_accuracy"],
+        "test_loss": test["loss"],
+        "ptq_seconds": seconds,
+        "recipe": rows,
+        "steps": 0,
+        "parameters": workdir_lib.count_parameters(state.served),
+        **cost_totals(costs),
+        **origin,
+    }
+    config_lib.save(config, workdir)
+    workdir_lib.record_start(workdir, 0, origin)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(state, 0)
+    checkpoints.close()
+    logs = Logs(workdir, 0)
+    for i, row in enumerate(rows):
+        logs.write(i, {name: x for name, x in row.items() if name != "method"}, "ptq")
+    logs.write(0, test, "test")
+    logs.close()
+    for name, table in tables.items():
+        (workdir / name).write_text(table + "\n")
+    (workdir / workdir_lib.RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def measure_sensitivities(
+    config: ml_collections.ConfigDict, bits: Sequence[int] = (8, 4, 2)
+) -> list[Sensitivity]:
+    """What each quantizer of a configuration alone does to the run `config.init_from`.
+
+    Args:
+      config: of a quantized network.
+      bits: widths to measure.
+
+    Raises:
+      UserError: bad input, naming the field.
+    """
+    progress = Progress(1, 0, 1.0)
+    try:
+        return Run(config).sensitivities(bits, ("weights", "activations"), progress.say)
+    finally:
+        progress.close()
+
+
+class Run:
+    """A run to quantize, and the images for it.
+
+    Attributes:
+      config: of the quantized network.
+      original: variables with the float run's weights; those of quantizers are abstract.
+      batches: to calibrate on.
+      others: (images, labels) to judge by.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        """Checks everything that can be checked before the first computation, and loads the run."""
+        config_lib.validate(config)
+        check_recipe(config.ptq.recipe, "config.ptq.recipe")
+        require(bool(config.init_from), "config.init_from: missing; name the run to quantize")
+        require(
+            any(config[role] is not None for role in ROLES) or bool(config.rules),
+            "config.weights: the configuration quantizes nothing; choose one like "
+            "configs/resnet20_int8_cifar10.py",
+        )
+        self.config = config
+        self.original, kept = start_from(config, build.check_rules(config))
+        require(not kept, f"{config.init_from}: is quantized like this already; name the float run")
+        train_set, _ = load_training(
+            config.dataset,
+            data_dir=config.data_dir or None,
+            validation_examples=config.validation_examples,
+            crop=build.crop(config),
+        )
+        self.batches = CalibrationBatches(config, train_set)
+        self.others = self.batches.others(config.ptq.report_examples)
+        require(
+            bool(self.others),
+            f"config.calibration_examples={config.calibration_examples}: leaves none of the "
+            f"{train_set.num_examples} training images to judge by; lower it",
+        )
+
+    def networks(self) -> Networks:
+        """The networks before the first method."""
+        config, model = self.config, build.model(self.config)
+        shape = build.image_format(config).image_shape
+        variables = {**initial_variables(model, shape, config.seed), **_weights(self.original)}
+        return Networks(
+            model=model,
+            reference=build.float_model(config),
+            immediate=build.model(build.immediate(config)),
+            immediate_reference=build.float_model(build.immediate(config)),
+            variables=variables,
+            reference_variables=_weights(self.original),
+        )
+
+    def sensitivities(self, bits: Sequence[int], roles: Sequence[str], say: Callable) -> list[Sensitivity]:
+        """See `measure_sensitivities`; on the first images alone."""
+        few = -(-_SENSITIVITY_EXAMPLES // len(self.others[0][0]))
+        return sensitivities(
+            functools.partial(build.model, self.config),
+            build.quantization(self.config),
+            _weights(self.original),
+            list(self.batches)[:1],
+            self.others[:few],
+            bits=bits,
+            roles=roles,
+            progress=lambda row: say(
+                f"{row.path}  {row.role}  {row.bits} bits  divergence {row.divergence:.3g}"
+            ),
+        )
+
+    def allocate(self, say: Callable) -> str:
+        """Gives every layer a width so that the size targets hold; returns the table that it is based on."""
+        targets = self.config.size_targets
+        roles = {"weights": targets.weight_kib}
+        roles["activations"] = targets.activation_kib_sum or targets.activation_kib_max
+        rows = self.sensitivities(_WIDTHS, [role for role, target in roles.items() if target], say)
+        rules = tuple(self.config.rules)
+        costs = build.measure_costs(self.config, self.networks().variables)
+        if targets.weight_kib:
+            chosen = {row.path for row in rows if row.role == "weights"}
+            fixed = sum(cost.biases * float(cost.bias_bits) for cost in costs)
+            fixed += sum(c.weights * float(c.weight_bits) for c in costs if c.path not in chosen)
+            rules += _rules(rows, "weights", "weight_kib", targets.weight_kib * _KIB, fixed)
+        if roles["activations"]:
+            largest = targets.activation_kib_max * _KIB or math.inf
+            fitting = [row for row in rows if row.elements * row.bits <= largest]
+            left = {row.path for row in rows if row.role == "activations"} - {row.path for row in fitting}
+            require(
+                not left,
+                f"config.size_targets.activation_kib_max={targets.activation_kib_max}: "
+                f"{', '.join(sorted(left)[:3])} is larger even at {_WIDTHS[-1]} bits; allow more",
+            )
+            chosen = {row.path for row in fitting}
+            fixed = sum(c.activations * float(c.activation_bits) for c in costs if c.path not in chosen)
+            widest = fixed + sum(row.elements * row.bits for row in fitting)
+            budget = targets.activation_kib_sum * _KIB or widest
+            rules += _rules(fitting, "activations", "activation_kib_sum", budget, fixed)
+        with self.config.unlocked():
+            self.config.rules = rules
+        return sensitivity_table(rows)
+
+
+def _rules(rows, role: str, target: str, budget: float, fixed: float) -> tuple[dict, ...]:
+    """Rules with the widths of a role under a target of so many bits."""
+    try:
+        return rules_of(allocate(rows, budget, fixed_bits=fixed, role=role), role=role)
+    except UserError as error:
+        raise UserError(f"config.size_targets.{target}: {error}") from None
+
+
+class _Judge:
+    """Compares networks with the float one on training images that nothing was calibrated on."""
+
+    def __init__(self, networks: Networks, others: Sequence[tuple]):
+        self._images, self._labels = ([pair[i] for pair in others] for i in (0, 1))
+        self._forward = jax.jit(
+            lambda model, variables, x: model.apply(variables, x, train=False), static_argnums=0
+        )
+        self._expected = self._logits(networks.reference, networks.reference_variables)
+
+    def float_network(self) -> dict[str, float]:
+        """`divergence` 0, `agreement` 1, and the `accuracy`."""
+        return compare_outputs(self._expected, self._expected, np.concatenate(self._labels))
+
+    def __call__(self, networks: Networks) -> dict[str, float]:
+        """`divergence`, `agreement` and `accuracy` of the quantized network."""
+        logits = self._logits(networks.model, networks.variables)
+        return compare_outputs(self._expected, logits, np.concatenate(self._labels))
+
+    def _logits(self, model, variables):
+        return collect(functools.partial(self._forward, model), variables, self._images)
+
+
+class _Recipe:
+    """The recipe as it proceeds: what each method took and left."""
+
+    def __init__(self, judge: _Judge, progress: Progress):
+        self._judge, self._progress, self._began = judge, progress, time.monotonic()
+        self.rows = [{"method": "float", "seconds": 0.0, **judge.float_network()}]
+
+    def done(self, method: str, networks: Networks) -> None:
+        """Judges the networks, whose quantizers have no scales before `ranges`."""
+        seconds = time.monotonic() - self._began
+        calibrated = "ranges" in [method, *(row["method"] for row in self.rows)]
+        row = {"method": method, "seconds": seconds, **(self._judge(networks) if calibrated else {})}
+        self.rows.append(row)
+        self._progress.advance(len(self.rows) - 1)
+        self._progress.say(recipe_table([row]))
+        self._began = time.monotonic()
+
+
+def recipe_table(rows: Sequence[Mapping]) -> str:
+    """One line per method: what it took, and what it left on held-out training images."""
+    lines = [f"{'method':26}{'seconds':>9}{'divergence':>12}{'agreement':>11}{'accuracy':>10}"]
+    for row in rows:
+        line = f"{row['method']:26}{row['seconds']:9.1f}"
+        if "divergence" in row:
+            line += f"{row['divergence']:12.5f}{row['agreement']:11.2%}{row['accuracy']:10.2%}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _weights(variables: Mapping) -> dict:
+    return {name: variables[name] for name in (WEIGHTS, BATCH_STATS) if variables.get(name)}
+
+
+def settings(config: ml_collections.ConfigDict) -> Settings:
+    """The numbers of the methods."""
+    ptq = config.ptq
+    names = [field.name for field in dataclasses.fields(Reconstruction) if field.name != "seed"]
+    learned = Reconstruction(**{name: ptq[name] for name in names}, seed=config.seed)
+    return Settings(over=config.calibration, damping=ptq.damping, reconstruction=learned)

@@ -1,0 +1,69 @@
+"""Chains of layers, and the parts of a reconstruction."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qflax.errors import UserError
+from qflax.models import build_model
+from qflax.ptq.parts import block_parts, layer_parts
+from qflax.ptq.wiring import Wiring
+from qflax.quantizers import Quantization, Rule, Uniform
+
+KEY = jax.random.key(0)
+
+
+def test_chains_end_where_arrays_part(small_net, float_variables, batches):
+    chains = {c.layer: c for c in Wiring(small_net(), float_variables, batches[0][:1]).chains}
+    assert list(chains) == ["stem", "block/conv1", "block/conv2", "hidden", "classifier"]
+    stem = chains["stem"]
+    assert (stem.norm, stem.activation, stem.last, stem.consumer) == ("norm", "act", "act", None)
+    first = chains["block/conv1"]
+    assert (first.norm, first.last, first.consumer) == ("block/norm1", "block/act1", "block/conv2")
+    assert (chains["block/conv2"].last, chains["block/conv2"].consumer) == ("block/norm2", None)
+    assert (chains["hidden"].norm, chains["hidden"].consumer) == (None, "classifier")
+    assert chains["classifier"].behind == ()
+
+
+def test_a_shared_activation_ends_a_chain():
+    fields = {"stem": "3x3", "shortcut": "B", "residual": "unsigned", "norm": "batch", "num_classes": 10}
+    model = build_model("resnet8", **fields, batch_norm_momentum=0.9, batch_norm_epsilon=1e-5)
+    image = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(lambda: model.init(KEY, image, train=False))
+    chains = {chain.layer: chain for chain in Wiring(model, variables, image).chains}
+    assert chains["stage1_block1/conv1"].last == "stage1_block1/act1"
+    assert chains["stage1_block1/conv2"].last == "stage1_block1/norm2"
+
+
+def test_parts_cover_every_kernel_and_quantizer_once(small_net, float_variables, batches):
+    policy = Quantization(
+        weights=Uniform(bits=4),
+        activations=Uniform(bits=4),
+        rules=(Rule("pool/output", {"activations": {"bits": 8}}), Rule("classifier", {"weights": None})),
+    )
+    example = batches[0][:1]
+    variables = {**small_net(policy).init(KEY, example, train=False), **float_variables}
+    blocks = block_parts(small_net(policy), small_net(), variables, example)
+    assert [(p.start, p.end) for p in blocks] == [
+        ("stem", "act"),
+        ("block", "block"),
+        ("hidden", "act_hidden"),
+    ]
+    assert [k for p in blocks for k in p.kernels] == ["stem", "block/conv1", "block/conv2", "hidden"]
+    assert [a for p in blocks for a in p.activations] == [
+        "act/activations",
+        "block/act1/activations",
+        "block/act2/activations",
+        "act_hidden/activations",
+    ]
+    layers = layer_parts(small_net(policy), small_net(), variables, example)
+    assert [(p.start, p.end) for p in layers][1] == ("block/conv1", "block/act1")
+    assert not any(p.activations for p in layers)
+
+
+def test_without_kernels_to_round_there_are_no_parts(small_net, float_variables, batches):
+    policy = Quantization(activations=Uniform(bits=4))
+    example = batches[0][:1]
+    variables = {**small_net(policy).init(KEY, example, train=False), **float_variables}
+    with pytest.raises(UserError, match="no layer has weights on a grid"):
+        block_parts(small_net(policy), small_net(), variables, example)
