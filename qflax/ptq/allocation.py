@@ -103,7 +103,7 @@ def _solve(layers: Sequence[Sequence[_Option]], budget: int) -> list[_Option]:
         LinearConstraint([*high, 1], ub=most_high + 0.5),
     ]
     # It takes for equal what differs by 1e-6.
-    costs *= 1e6 / (costs.max() or 1.0)
+    costs = costs / (costs.max() or 1.0) * 1e6
     solution = milp(
         [*costs, 0],
         integrality=np.ones(len(options) + 1),

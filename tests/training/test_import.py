@@ -10,7 +10,8 @@ from torchvision_weights import images, state_dict
 
 from qflax.errors import UserError
 from qflax.training import build
-from qflax.training.workdir import import_weights, load_workdir, start_from
+from qflax.training.start import start_from
+from qflax.training.workdir import import_weights, load_workdir
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,9 @@ def test_a_quantized_run_starts_from_the_file_itself(weights):
     file, _ = weights
     config = config_of("resnet18_int4")
     abstract = build.abstract_state(config).variables
-    variables = start_from(file, config, abstract)
+    config.init_from = str(file)
+    variables, kept = start_from(config, abstract)
+    assert not kept
     kernel = variables["params"]["stage1_block1"]["conv1"]["kernel"]
     assert kernel.shape == (3, 3, 64, 64) and kernel.std() > 0
     assert variables["quantizer_params"] == abstract["quantizer_params"]
@@ -71,8 +74,9 @@ def test_what_does_not_fit_is_told_in_a_line_and_nothing_is_made(weights, tmp_pa
 
 def test_starting_from_another_network_s_file_names_the_field(weights):
     config = config_of("resnet18_w4a4_cifar10")
+    config.init_from = str(weights[0])
     abstract = build.abstract_state(config).variables
     with pytest.raises(
         UserError, match="config.init_from=.*resnet18.safetensors': another network's weights"
     ):
-        start_from(weights[0], config, abstract)
+        start_from(config, abstract)

@@ -135,7 +135,7 @@ def test_starting_from_another_run_takes_its_averaged_weights(finished, tmp_path
     first, second = load_workdir(whole)[1], load_workdir(tmp_path / "second")[1]
     assert_same_state(first.served["params"], second.trained["params"])
     config.model = "resnet20"
-    with pytest.raises(UserError, match="another network's params"):
+    with pytest.raises(UserError, match="model is 'resnet8' there, 'resnet20' here"):
         train(config, tmp_path / "third")
 
 

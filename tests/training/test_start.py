@@ -32,7 +32,7 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
         tiny_config[name] = layout[name]
     tiny_config.init_from = str(workdir)
     images = [digits.images[i : i + 32].astype(np.float32) / 255 for i in (0, 32)]
-    start = starting_variables(tiny_config, lambda: images)
+    start = starting_variables(tiny_config, images)
 
     kernels = [tree["params"]["stage1_block1"]["conv1"]["kernel"] for tree in (variables, start)]
     norms = [np.abs(kernel).sum((0, 1, 2)) for kernel in kernels]
@@ -62,5 +62,5 @@ def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
     tiny_config.init_from = str(tmp_path)
     tiny_config.mean, tiny_config.residual = (0.5, 0.5, 0.5), "unsigned"
     with pytest.raises(UserError, match=r"mean is .* there, .*; residual is 'signed' there") as error:
-        starting_variables(tiny_config, list)
+        starting_variables(tiny_config, [])
     assert "\n" not in str(error.value)
