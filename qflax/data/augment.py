@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qflax.errors import UserError
+from qflax.numerics import quotient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,10 @@ def normalize(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
         float32 of the shape of `images`.
     """
     images = jnp.asarray(images, jnp.float32)
-    mean, std = (jnp.broadcast_to(jnp.asarray(value, jnp.float32), images.shape) for value in (mean, std))
-    return (images / 255 - mean) / std
+    mean, std = (
+        jnp.broadcast_to(255 * jnp.asarray(value, jnp.float32), images.shape) for value in (mean, std)
+    )
+    return quotient(images - mean, std)
 
 
 def augment(

@@ -5,6 +5,7 @@ from qflax.layers.activation import Activation, Quantize
 from qflax.layers.conv import Conv
 from qflax.layers.cost import COST, LayerCost, layer_costs, sizes, sown_costs
 from qflax.layers.dense import Dense
+from qflax.layers.norm import BatchNorm
 from qflax.layers.pool import AveragePool, MaxPool
 from qflax.layers.residual import Add
 
@@ -14,6 +15,7 @@ __all__ = [
     "Activation",
     "Add",
     "AveragePool",
+    "BatchNorm",
     "Conv",
     "Dense",
     "LayerCost",

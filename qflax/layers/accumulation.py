@@ -91,7 +91,7 @@ def accumulation(
     """The bounds' ingredients, or None where the sums are not of integers; `bias` as of `Accumulation`."""
     if not has_integer_sums(kernel, inputs):
         return None
-    positive, negative = code_sums(jnp.round(kernel.value / kernel.scale))
+    positive, negative = code_sums(kernel.unscaled)
     fmt = inputs.format
     return Accumulation(
         depth=kernel.value.size // kernel.value.shape[-1],

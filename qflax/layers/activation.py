@@ -41,7 +41,7 @@ class Activation(nn.Module):
 
 
 class Quantize(nn.Module):
-    """A place that is float unless a rule quantizes it, such as the network's input.
+    """A place that a rule may quantize, such as the network's input; without one it changes nothing.
 
     Attributes:
       signed: whether the data is signed, where the spec leaves it open.
@@ -55,7 +55,7 @@ class Quantize(nn.Module):
     def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, ...] to the same shape; quantized values come with their grid."""
         quantizer = quantize_activations(self, self.quantization, self.signed, by_default=False)
-        y = value_of(x) if quantizer is None else quantizer(value_of(x), x)
+        y = x if quantizer is None else quantizer(value_of(x), x)
         report(
             self,
             kind="activation",

@@ -1,5 +1,6 @@
 """Convolution with a quantized kernel."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from flax.typing import Dtype, Initializer
 
 from qflax.layers.cost import report
 from qflax.layers.operands import (
+    affine,
     compute_dtype,
     product_cost,
     quantize_bias,
@@ -56,24 +58,23 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         quantized = quantize_weights(self, self.quantization, kernel, inputs)
         dtype = compute_dtype(self.dtype, x)
-        y = jax.lax.conv_general_dilated(
-            x.astype(dtype),
-            value_of(quantized).astype(dtype),
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated,
             window_strides=(self.strides, self.strides),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.feature_group_count,
         )
-        bias_codes = 0
+        bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            bias, bias_codes = quantize_bias(self, self.quantization, bias, quantized, inputs)
-            y += bias.astype(dtype)
+            bias = quantize_bias(self, self.quantization, bias, quantized, inputs)
+        y = affine(convolve, inputs, quantized, bias, dtype)
         outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,
             kind="conv",
             macs=math.prod(y.shape[1:3]) * math.prod(shape),
-            **product_cost(self, self.quantization, quantized, inputs, bias_codes, outputs),
+            **product_cost(self, self.quantization, quantized, inputs, bias, outputs),
         )
         return outputs

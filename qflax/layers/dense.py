@@ -4,10 +4,12 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from qflax.layers.cost import report
 from qflax.layers.operands import (
+    affine,
     compute_dtype,
     product_cost,
     quantize_bias,
@@ -44,17 +46,16 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         quantized = quantize_weights(self, self.quantization, kernel, inputs)
         dtype = compute_dtype(self.dtype, x)
-        y = x.astype(dtype) @ value_of(quantized).astype(dtype)
-        bias_codes = 0
+        bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            bias, bias_codes = quantize_bias(self, self.quantization, bias, quantized, inputs)
-            y += bias.astype(dtype)
+            bias = quantize_bias(self, self.quantization, bias, quantized, inputs)
+        y = affine(jnp.matmul, inputs, quantized, bias, dtype)
         outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,
             kind="dense",
             macs=math.prod(x.shape[1:-1]) * math.prod(shape),
-            **product_cost(self, self.quantization, quantized, inputs, bias_codes, outputs),
+            **product_cost(self, self.quantization, quantized, inputs, bias, outputs),
         )
         return outputs

@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,16 @@ import jax.numpy as jnp
 
 from qflax.errors import require
 from qflax.layers.accumulation import accumulation, has_integer_sums
-from qflax.quantizers import Quantization, QuantizedArray, Quantizer, bits_of, quantizer_of, value_of
+from qflax.numerics import product
+from qflax.quantizers import (
+    Quantization,
+    QuantizedArray,
+    Quantizer,
+    bits_of,
+    quantized_array,
+    quantizer_of,
+    value_of,
+)
 
 
 def quantize_weights(
@@ -31,10 +41,8 @@ def quantize_bias(
     bias: jax.Array,
     kernel: jax.Array | QuantizedArray,
     inputs: jax.Array | QuantizedArray,
-) -> tuple[jax.Array, jax.Array | int]:
+) -> jax.Array | QuantizedArray:
     """The bias [features] of products of `kernel` and `inputs`, on the grid of their sums or as it is.
-
-    With it come its codes, int32 [features], or 0 for float.
 
     The scale is that of the input times that of the kernel; the bias passes its gradient on unchanged, but
     for codes beyond the format.
@@ -44,7 +52,7 @@ def quantize_bias(
     """
     spec, where = quantization.spec("biases", "/".join(layer.path)), "/".join(layer.path)
     if spec is None:
-        return bias, 0
+        return bias
     require(
         has_integer_sums(kernel, inputs),
         f"{where}: an integer bias has the scale of input times weights, and here one of them is no integer "
@@ -52,7 +60,45 @@ def quantize_bias(
         "(before the classifier 'pool/output'), or leave this layer's bias float (biases=None)",
     )
     scale = jnp.broadcast_to(jax.lax.stop_gradient(inputs.scale * kernel.scale), bias.shape)
-    return spec.format.fake_quant(bias, scale), spec.format.encode(bias, scale)
+    codes = spec.format.unscaled(jax.lax.stop_gradient(bias), scale)
+    return quantized_array(spec.format.fake_quant(bias, scale), codes, scale, spec.format)
+
+
+def affine(
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    inputs: jax.Array | QuantizedArray,
+    kernel: jax.Array | QuantizedArray,
+    bias: jax.Array | QuantizedArray | None,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Products of `inputs` and `kernel` with a bias: as hardware does it, scales after the sums.
+
+    Sums of integers are exact in float32 in any order while they stay below 2^24; with scales inside of them
+    they would depend on the order, which differs between devices, libraries and exports.
+
+    Args:
+      multiply: linear in both of its arguments, whose channels are the last axis of its result.
+      inputs, kernel: its arguments.
+      bias: [features]; an integer one is added to the sums, a float one to what they stand for.
+      dtype: to multiply in.
+    """
+    (x, x_scale), (w, w_scale) = _behind_scale(inputs, per_channel=False), _behind_scale(kernel)
+    y = multiply(x.astype(dtype), w.astype(dtype))
+    if isinstance(bias, QuantizedArray):
+        y += bias.unscaled.astype(dtype)
+    scales = [scale for scale in (x_scale, w_scale) if scale is not None]
+    if scales:
+        y = product(y, math.prod(scales).astype(dtype))
+    return y if bias is None or isinstance(bias, QuantizedArray) else y + bias.astype(dtype)
+
+
+def _behind_scale(
+    x: jax.Array | QuantizedArray, per_channel: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
+    """What to multiply, and the constant scale that its products have, which may be one `per_channel`."""
+    if not isinstance(x, QuantizedArray) or (x.scale.ndim and not per_channel):
+        return value_of(x), None
+    return x.unscaled, jax.lax.stop_gradient(x.scale)
 
 
 def quantize_outputs(
@@ -91,20 +137,20 @@ def product_cost(
     quantization: Quantization,
     kernel: jax.Array | QuantizedArray,
     inputs: jax.Array | QuantizedArray,
-    bias_codes: jax.Array | int,
+    bias: jax.Array | QuantizedArray | None,
     outputs: jax.Array | QuantizedArray,
 ) -> dict[str, typing.Any]:
     """What layers with a kernel report alike; outputs count as written where they are quantized."""
-    bias = quantization.spec("biases", "/".join(layer.path))
+    integer_bias = isinstance(bias, QuantizedArray)
     shape, quantized = value_of(outputs).shape, isinstance(outputs, QuantizedArray)
     return {
         "roles": ("weights", "outputs", *(["biases"] if layer.use_bias else [])),
         "weights": value_of(kernel).size,
         "biases": layer.features * layer.use_bias,
         "weight_bits": bits_of(kernel),
-        "bias_bits": 32 if bias is None else bias.bits,
+        "bias_bits": bias.format.bits if integer_bias else 32,
         "input_bits": bits_of(inputs),
         "activations": math.prod(shape[1:]) if quantized else 0,
         "activation_bits": bits_of(outputs),
-        "accumulation": accumulation(kernel, inputs, bias_codes),
+        "accumulation": accumulation(kernel, inputs, bias.unscaled.astype(jnp.int32) if integer_bias else 0),
     }

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from qflax.layers.activation import Quantize
-from qflax.numerics import IntegerFormat, width_of_extremes
+from qflax.numerics import IntegerFormat, LearnedInteger, product, quotient, width_of_extremes
 from qflax.quantizers import FLOAT, Quantization, QuantizedArray, value_of
 
 
 class AveragePool(nn.Module):
-    """Global average over height and width; its output is float unless a rule quantizes it.
+    """Global average over height and width; a rule may quantize its output.
 
     The mean of integers is an integer too, their sum, behind a scale divided by the number of pixels: a
     quantizer of kind `truncation` drops that sum's last bits.
@@ -29,13 +29,30 @@ class AveragePool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, height, width, channels] to [batch, channels]."""
-        mean = jnp.mean(value_of(x), axis=(1, 2))
-        if isinstance(x, QuantizedArray) and isinstance(x.format, IntegerFormat) and x.symmetric:
-            pixels, fmt = math.prod(x.value.shape[1:3]), x.format
-            bits = width_of_extremes(pixels * fmt.lowest, pixels * fmt.highest) - (not fmt.signed)
-            total = IntegerFormat(bits=bits, signed=fmt.signed)
-            mean = QuantizedArray(value=mean, scale=x.scale / pixels, zero_point=x.zero_point, format=total)
+        mean = _integer_mean(x) if has_codes(x) else jnp.mean(value_of(x), axis=(1, 2))
         return Quantize(self.signed, self.quantization, name="output")(mean)
+
+
+def has_codes(x: jax.Array | QuantizedArray) -> bool:
+    """Whether `x` is a scale times integers that are codes."""
+    return (
+        isinstance(x, QuantizedArray)
+        and isinstance(x.format, IntegerFormat | LearnedInteger)
+        and x.symmetric
+        and x.scale.ndim == 0
+    )
+
+
+def _integer_mean(x: QuantizedArray) -> QuantizedArray:
+    pixels, fmt = math.prod(x.unscaled.shape[1:3]), x.format
+    if isinstance(fmt, IntegerFormat):
+        bits = width_of_extremes(pixels * fmt.lowest, pixels * fmt.highest) - (not fmt.signed)
+        fmt = IntegerFormat(bits=bits, signed=fmt.signed)
+    else:
+        fmt = LearnedInteger(bits=fmt.bits + math.ceil(math.log2(pixels)), signed=fmt.signed)
+    total, scale = jnp.sum(x.unscaled, axis=(1, 2)), quotient(x.scale, pixels)
+    mean = product(total, jax.lax.stop_gradient(scale))
+    return QuantizedArray(mean, total, scale, x.zero_point, fmt)
 
 
 class MaxPool(nn.Module):
@@ -54,5 +71,7 @@ class MaxPool(nn.Module):
     def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, height, width, channels] to [batch, height', width', channels]."""
         strides = (self.strides, self.strides)
-        largest = nn.max_pool(value_of(x), tuple(self.window), strides, tuple(self.padding))
-        return x.replace(value=largest) if isinstance(x, QuantizedArray) else largest
+        if not isinstance(x, QuantizedArray):
+            return nn.max_pool(x, tuple(self.window), strides, tuple(self.padding))
+        largest = nn.max_pool(x.unscaled, tuple(self.window), strides, tuple(self.padding))
+        return x.replace(value=product(largest, jax.lax.stop_gradient(x.scale)), unscaled=largest)

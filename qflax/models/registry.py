@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qflax.errors import choose
-from qflax.layers import Activation, Add, AveragePool, Conv, Dense, MaxPool, Quantize
+from qflax.layers import Activation, Add, AveragePool, BatchNorm, Conv, Dense, MaxPool, Quantize
 from qflax.models.resnet import (
     NORMS,
     RESIDUALS,
@@ -90,7 +90,7 @@ def build_model(
         norm=_no_norm
         if norm == "folded"
         else functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             momentum=batch_norm_momentum,
             epsilon=batch_norm_epsilon,
             dtype=dtype,

@@ -2,7 +2,7 @@
 
 from qflax.numerics.accumulator import accumulator_extremes, data_type_width, norm_width, width_of_extremes
 from qflax.numerics.accumulator_aware import AccumulatorBudget, accumulator_aware_codes, code_sums
-from qflax.numerics.division import quotient
+from qflax.numerics.arithmetic import product, quotient
 from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
 from qflax.numerics.minifloat import MINIFLOAT_SURROGATES, MinifloatEstimator, MinifloatFormat
@@ -10,9 +10,11 @@ from qflax.numerics.mixed_precision import (
     LearnedInteger,
     bit_width,
     highest_code,
+    quantize_range,
     quantize_to_range,
     round_straight_through,
 )
+from qflax.numerics.operation import PRIMITIVE, Operation
 from qflax.numerics.projection import project_onto_l1_ball
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
@@ -20,6 +22,7 @@ from qflax.numerics.surrogates import SURROGATES
 __all__ = [
     "CLIP_GRADIENTS",
     "MINIFLOAT_SURROGATES",
+    "PRIMITIVE",
     "ROUNDING_MODES",
     "SURROGATES",
     "AccumulatorBudget",
@@ -28,6 +31,7 @@ __all__ = [
     "LearnedInteger",
     "MinifloatEstimator",
     "MinifloatFormat",
+    "Operation",
     "accumulator_aware_codes",
     "accumulator_extremes",
     "bit_width",
@@ -37,9 +41,11 @@ __all__ = [
     "highest_code",
     "norm_width",
     "power_of_two",
+    "product",
     "project_onto_l1_ball",
     "quantize_to_range",
     "quotient",
+    "quantize_range",
     "round_straight_through",
     "round_to_integer",
     "scale_gradient",

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics.division import quotient
+from qflax.numerics.arithmetic import quotient
 from qflax.numerics.integer import Estimator, IntegerFormat
 
 _TRUNCATION = Estimator(rounding="toward_zero", clip="after_rounding")

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from qflax.errors import choose, require
-from qflax.numerics.division import quotient
+from qflax.numerics.arithmetic import product, quotient
 from qflax.numerics.gradients import sum_to_shape
+from qflax.numerics.operation import Operation
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
 
@@ -107,12 +108,27 @@ class IntegerFormat:
         key: jax.Array | None = None,
     ) -> jax.Array:
         """int32 codes of `x`; `scale` and `zero_point` broadcast against it."""
-        codes = self._codes(quotient(x, scale) + zero_point, rounding, key)
-        return jnp.clip(codes, self.lowest, self.highest).astype(jnp.int32)
+        return (self.unscaled(x, scale, zero_point, rounding=rounding, key=key) + zero_point).astype(
+            jnp.int32
+        )
+
+    def unscaled(
+        self,
+        x: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | float = 0.0,
+        *,
+        rounding: str = "half_even",
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Codes of `x` less the zero point, integer-valued float32: `fake_quant` in units of `scale`."""
+        if rounding == "stochastic" and key is not None:
+            return _unscaled(self, rounding, quotient(x, scale), zero_point, key)
+        return quantize_integer(x, scale, zero_point, format=self, rounding=rounding)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | float = 0.0) -> jax.Array:
         """float32 values of integer codes."""
-        return (codes.astype(jnp.float32) - zero_point) * scale
+        return product(codes.astype(jnp.float32) - zero_point, scale)
 
     def fake_quant(
         self,
@@ -152,10 +168,22 @@ class IntegerFormat:
         return round_to_integer(u, rounding, key)
 
 
+def _unscaled(fmt, rounding, u, zero_point, key=None):
+    codes = fmt._codes(u + zero_point, rounding, key)
+    return jnp.clip(codes, fmt.lowest, fmt.highest) - zero_point
+
+
+@Operation
+def quantize_integer(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, *, format: IntegerFormat, rounding: str
+) -> jax.Array:
+    """See `IntegerFormat.unscaled`: clip(round(x / scale + zero_point)) - zero_point."""
+    return _unscaled(format, rounding, quotient(x, scale), zero_point)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fake_quant(fmt, estimator, x, scale, zero_point, key):
-    codes = fmt._codes(quotient(x, scale) + zero_point, estimator.rounding, key)
-    return (jnp.clip(codes, fmt.lowest, fmt.highest) - zero_point) * scale
+    return product(fmt.unscaled(x, scale, zero_point, rounding=estimator.rounding, key=key), scale)
 
 
 def _fake_quant_forward(fmt, estimator, x, scale, zero_point, key):

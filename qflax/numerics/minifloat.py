@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qflax.errors import choose, require
-from qflax.numerics.division import quotient
+from qflax.numerics.arithmetic import product, quotient
 from qflax.numerics.gradients import sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS
+from qflax.numerics.operation import Operation
 from qflax.numerics.rounding import ROUNDING_MODES
 
 SPECIALS = ("none", "nan", "ieee", "fnuz")
@@ -205,7 +206,20 @@ class MinifloatFormat:
         if self.specials == "fnuz":
             bits = jnp.where((magnitude == 0) & (sign != 0), _NAN, bits)
         y = jax.lax.bitcast_convert_type(bits | sign, jnp.float32)
-        return y if scale is None else y * scale
+        return y if scale is None else product(y, scale)
+
+    def unscaled(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None = None,
+        *,
+        rounding: str = "half_even",
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """`decode(encode(x, scale))`, float32: `fake_quant` in units of `scale`; NaN stays NaN."""
+        if rounding == "stochastic" and key is not None:
+            return _unscaled(self, _scaled(x, scale), rounding, key)
+        return quantize_minifloat(x, *([] if scale is None else [scale]), format=self, rounding=rounding)
 
     def fake_quant(
         self,
@@ -318,11 +332,21 @@ def _scaled(x, scale):
     return x if scale is None else quotient(x, scale)
 
 
+def _unscaled(fmt, u, rounding, key=None):
+    sign, magnitude, _, _ = fmt._rounded(u, rounding, key)
+    return jax.lax.bitcast_convert_type(magnitude | sign, jnp.float32)
+
+
+@Operation
+def quantize_minifloat(x: jax.Array, *scale: jax.Array, format: MinifloatFormat, rounding: str) -> jax.Array:
+    """See `MinifloatFormat.unscaled`."""
+    return _unscaled(format, _scaled(x, *(scale or [None])), rounding)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fake_quant(fmt, estimator, x, scale, key):
-    sign, magnitude, _, _ = fmt._rounded(_scaled(x, scale), estimator.rounding, key)
-    y = jax.lax.bitcast_convert_type(magnitude | sign, jnp.float32)
-    return y if scale is None else y * scale
+    y = fmt.unscaled(x, scale, rounding=estimator.rounding, key=key)
+    return y if scale is None else product(y, scale)
 
 
 def _fake_quant_forward(fmt, estimator, x, scale, key):

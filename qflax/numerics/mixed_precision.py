@@ -9,8 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics.division import quotient
+from qflax.numerics.arithmetic import product, quotient
 from qflax.numerics.gradients import sum_to_shape
+from qflax.numerics.operation import Operation
 
 # A range of (2^b - 1) steps, worked out in float32, may come out a few units in the last place too long.
 _SLACK = 1 - 2.0**-20
@@ -48,7 +49,7 @@ class LearnedInteger:
 
     def decode(self, codes: jax.Array, scale: jax.Array) -> jax.Array:
         """float32 values of integer codes."""
-        return codes.astype(jnp.float32) * scale
+        return product(codes.astype(jnp.float32), scale)
 
 
 def highest_code(bits: jax.Array, signed: bool) -> jax.Array:
@@ -102,7 +103,9 @@ def round_straight_through(x: jax.Array) -> jax.Array:
 round_straight_through.defjvp(lambda primals, tangents: (jnp.round(*primals), *tangents))
 
 
-def quantize_to_range(x: jax.Array, step: jax.Array, x_max: jax.Array, *, signed: bool) -> jax.Array:
+def quantize_to_range(
+    x: jax.Array, step: jax.Array, x_max: jax.Array, *, signed: bool, highest: jax.Array | None = None
+) -> jax.Array:
     """Multiples of `step` up to `x_max`, and `x_max` itself beyond (Uhlich et al. 2020, eq. 1 and 4).
 
     |                                   | value               | d/dx | d/dstep        | d/dx_max |
@@ -117,20 +120,30 @@ def quantize_to_range(x: jax.Array, step: jax.Array, x_max: jax.Array, *, signed
       x: float32 array.
       step, x_max: positive float32, [] or [channels].
       signed: whether there are negative values.
+      highest: x_max / step, for where that is known to be whole.
     """
-    return _quantize_to_range(signed, x, step, x_max)
+    highest = quotient(x_max, step) if highest is None else highest
+    return _quantize_to_range(signed, x, step, x_max, highest)
+
+
+@Operation
+def quantize_range(
+    x: jax.Array, step: jax.Array, x_max: jax.Array, highest: jax.Array, *, signed: bool
+) -> jax.Array:
+    """`quantize_to_range` in units of `step`, float32: whole numbers but for a learned `highest`."""
+    lowest = (-x_max, -highest) if signed else (0.0, 0.0)
+    # Clipped from outside first: an x of exactly x_max is inside and rounds.
+    inside = jnp.round(quotient(x, step))
+    return jnp.where(x > x_max, highest, jnp.where(x < lowest[0], lowest[1], inside))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quantize_to_range(signed, x, step, x_max):
-    lowest = -x_max if signed else jnp.zeros_like(x_max)
-    # Clipped from outside first: an x of exactly x_max is inside and rounds.
-    rounded = step * jnp.round(quotient(x, step))
-    return jnp.where(x > x_max, x_max, jnp.where(x < lowest, lowest, rounded))
+def _quantize_to_range(signed, x, step, x_max, highest):
+    return product(quantize_range(x, step, x_max, highest, signed=signed), step)
 
 
-def _quantize_to_range_forward(signed, x, step, x_max):
-    return _quantize_to_range(signed, x, step, x_max), (x, step, x_max)
+def _quantize_to_range_forward(signed, x, step, x_max, highest):
+    return _quantize_to_range(signed, x, step, x_max, highest), (x, step, x_max)
 
 
 def _quantize_to_range_backward(signed, residuals, g):
@@ -140,7 +153,8 @@ def _quantize_to_range_backward(signed, residuals, g):
     u = quotient(x, step)
     d_step = jnp.where(inside, g * (jnp.round(u) - u), 0.0)
     d_x_max = jnp.where(above, g, jnp.where(below, -g if signed else 0.0, 0.0))
-    return jnp.where(inside, g, 0.0), sum_to_shape(d_step, step.shape), sum_to_shape(d_x_max, x_max.shape)
+    sums = sum_to_shape(d_step, step.shape), sum_to_shape(d_x_max, x_max.shape)
+    return jnp.where(inside, g, 0.0), *sums, None
 
 
 _quantize_to_range.defvjp(_quantize_to_range_forward, _quantize_to_range_backward)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics.division import quotient
+from qflax.numerics.arithmetic import quotient
 
 
 def project_onto_l1_ball(x: jax.Array, radius: jax.Array) -> jax.Array:

@@ -225,7 +225,7 @@ def _hooks(part, choices, grids, drop, key) -> dict:
 
     def weights(path):
         def hook(call, kernel, *rest):
-            return call(kernel, *rest).replace(value=soft_value(choices[path], *grids[path]))
+            return call(kernel, *rest).moved(soft_value(choices[path], *grids[path]))
 
         return hook
 
@@ -233,7 +233,7 @@ def _hooks(part, choices, grids, drop, key) -> dict:
         def hook(call, x, *rest):
             quantized = call(x, *rest)
             dropped = jax.random.bernoulli(jax.random.fold_in(key, i), drop, x.shape)
-            return quantized.replace(value=jnp.where(dropped, x, quantized.value))
+            return quantized.moved(jnp.where(dropped, x, quantized.value))
 
         return hook
 
@@ -242,7 +242,7 @@ def _hooks(part, choices, grids, drop, key) -> dict:
         hooks |= {path: activations(i) for i, path in enumerate(part.activations)}
     if not part.activations:
         for name in ("activations", "outputs"):
-            hooks[f"{part.end}/{name}"] = lambda call, x, *rest: call(x, *rest).replace(value=x)
+            hooks[f"{part.end}/{name}"] = lambda call, x, *rest: call(x, *rest).moved(x)
     return hooks
 
 

@@ -217,7 +217,7 @@ def _switches(flags: Mapping[str, jax.Array | bool]) -> dict[str, Hook]:
 
     def switch(flag, call, x, *rest):
         quantized = call(x, *rest)
-        return quantized.replace(value=jnp.where(flag, quantized.value, x.astype(jnp.float32)))
+        return quantized.moved(jnp.where(flag, quantized.value, x.astype(jnp.float32)))
 
     return {path: functools.partial(switch, flag) for path, flag in flags.items()}
 

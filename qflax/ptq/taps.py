@@ -70,7 +70,7 @@ def run(
         def hook(call, *args):
             if path in given:
                 grid = isinstance(args[0], QuantizedArray)
-                args = (args[0].replace(value=given[path]) if grid else given[path], *args[1:])
+                args = (args[0].moved(given[path]) if grid else given[path], *args[1:])
             if path in inputs:
                 seen[0][path] = value_of(args[0])
             result = hooks[path](call, *args) if path in hooks else call(*args)

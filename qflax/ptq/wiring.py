@@ -72,8 +72,8 @@ class Wiring:
             if following is None or not isinstance(following.module, _PASSING):
                 kernel = following is not None and isinstance(following.module, Conv | Dense)
                 break
-            kind = type(following.module)
-            if kind in found:
+            kind = next((kind for kind in found if isinstance(following.module, kind)), None)
+            if kind is not None:
                 if found[kind] is not None or (kind is nn.BatchNorm and call.path != layer):
                     kernel = False
                     break

@@ -17,13 +17,14 @@ from qflax.numerics import (
     IntegerFormat,
     LearnedInteger,
     accumulator_aware_codes,
+    product,
     project_onto_l1_ball,
 )
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.checks import check_flag, check_whole
 from qflax.quantizers.collections import BUDGETS, PARAMETERS, PENALTIES, STATISTICS
 from qflax.quantizers.constraints import ANY_LOG2, Box
-from qflax.quantizers.quantized_array import QuantizedArray
+from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
 
 VARIANTS = ("a2q", "a2q+")
 
@@ -107,7 +108,7 @@ class AccumulatorAwareQuantizer(Quantizer):
         if self.spec.ep_init:
             self._report(BUDGETS, "norm", allowed)
         codes = accumulator_aware_codes(x, norm_scale, norm, budget, fmt)
-        return QuantizedArray(value=codes * scale, scale=scale, zero_point=jnp.zeros(()), format=fmt)
+        return quantized_array(product(codes, scale), jax.lax.stop_gradient(codes), scale, fmt)
 
     def _budget(self, inputs: jax.Array | QuantizedArray | None) -> AccumulatorBudget:
         spec, where = self.spec, "/".join(self.path[:-1])

@@ -17,6 +17,8 @@ from qflax.numerics import (
     bit_width,
     highest_code,
     power_of_two,
+    product,
+    quantize_range,
     quantize_to_range,
     quotient,
     round_straight_through,
@@ -24,7 +26,7 @@ from qflax.numerics import (
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.checks import check_flag, check_positive, check_range_fields, check_whole
 from qflax.quantizers.collections import STATISTICS
-from qflax.quantizers.quantized_array import QuantizedArray
+from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
 from qflax.quantizers.statistics import STATISTICS_KINDS
 
 # Parametrization -> what is learned; the third number follows from the two.
@@ -189,13 +191,15 @@ class MixedPrecisionQuantizer(Quantizer):
         start = constraint.project(self._start(x))
         learned = {name: self._learned(name, value) for name, value in start.items()}
         self._constrain(constraint)
-        step, x_max, bits = self._grid(learned, constraint.min_bits)
+        step, x_max, highest, bits = self._grid(learned, constraint.min_bits)
         fmt = LearnedInteger(bits=bits, signed=self._has_sign)
         if self._calibrating and not self.weights:
-            value = x
-        else:
-            value = quantize_to_range(x, step, x_max, signed=self._has_sign)
-        return QuantizedArray(value=value, scale=step, zero_point=jnp.zeros(()), format=fmt)
+            return QuantizedArray(x, x / step, step, jnp.zeros(()), fmt)
+        highest = jax.lax.stop_gradient(highest)
+        value = quantize_to_range(x, step, x_max, signed=self._has_sign, highest=highest)
+        # The same once more, which compilers notice.
+        given = *jax.lax.stop_gradient((x, step, x_max)), highest
+        return quantized_array(value, quantize_range(*given, signed=self._has_sign), step, fmt)
 
     @property
     def _has_sign(self) -> bool:
@@ -227,8 +231,8 @@ class MixedPrecisionQuantizer(Quantizer):
         axes = tuple(range(x.ndim - 1)) if self.spec.granularity == "per_channel" else None
         return jnp.maximum(jnp.max(jnp.abs(x), axes), self.spec.min_range)
 
-    def _grid(self, learned: dict[str, jax.Array], min_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Step, range and width."""
+    def _grid(self, learned: dict[str, jax.Array], min_bits: int) -> tuple[jax.Array, ...]:
+        """Step, range, their ratio, and width."""
         spec, signed = self.spec, self._has_sign
         rounded = power_of_two if spec.power_of_two else lambda step: step
         if spec.parametrization == "step_range":
@@ -240,11 +244,12 @@ class MixedPrecisionQuantizer(Quantizer):
             highest = highest_code(jax.lax.stop_gradient(bits), signed)
             frozen = self.get_variable(STATISTICS, "frozen")
             step = jnp.where(frozen, rounded(quotient(learned["x_max"], highest)), step)
-            return step, jnp.where(frozen, step * highest, x_max), bits
+            x_max = jnp.where(frozen, product(step, highest), x_max)
+            return step, x_max, jnp.where(frozen, highest, quotient(x_max, step)), bits
         bits = self._width(round_straight_through(learned["bits"]))
         highest = highest_code(bits, signed)
         step = rounded(learned["step"] if "step" in learned else quotient(learned["x_max"], highest))
-        return step, step * highest, bits
+        return step, product(step, highest), highest, bits
 
     def _width(self, learned: jax.Array) -> jax.Array:
         """The learned width, which a training pass records, or the frozen one."""

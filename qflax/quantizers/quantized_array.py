@@ -12,12 +12,15 @@ class QuantizedArray:
     """Values on a grid, as quantizers return them and quantized layers accept them.
 
     A layer that must know its input's grid (number of operations, accumulator bounds, bias scale) takes
-    it from here; arithmetic on `value` is arithmetic on plain floats and drops the grid.
+    it from here; arithmetic on `value` is arithmetic on plain floats and drops the grid. Layers that multiply
+    do so in units of the scale, in which sums of integers are exact in any order.
 
     Attributes:
       value: float array, every element equal to `scale * (code - zero_point)`; of a minifloat to `scale`
         times the value of its code. Only the ends of a range that is still being learned may lie off the
         grid.
+      unscaled: `value` in units of `scale`: integers, or minifloats; float32. Its gradient is that of
+        `value / scale` for a constant scale.
       scale: float32, scalar or [channels].
       zero_point: integer-valued float32, like `scale`.
       format: the number format of the codes.
@@ -25,10 +28,39 @@ class QuantizedArray:
     """
 
     value: jax.Array
+    unscaled: jax.Array
     scale: jax.Array
     zero_point: jax.Array
     format: IntegerFormat | LearnedInteger | MinifloatFormat
     symmetric: bool = flax.struct.field(pytree_node=False, default=True)
+
+    def moved(self, value: jax.Array) -> "QuantizedArray":
+        """Other values behind the same grid, wherever they lie."""
+        return self.replace(value=value, unscaled=value / jax.lax.stop_gradient(self.scale))
+
+
+def quantized_array(
+    value: jax.Array,
+    unscaled: jax.Array,
+    scale: jax.Array,
+    format: IntegerFormat | LearnedInteger | MinifloatFormat,
+    zero_point: jax.Array | float = 0.0,
+    symmetric: bool = True,
+) -> QuantizedArray:
+    """A `QuantizedArray`; `unscaled` gets its gradient from here, whatever it has of its own."""
+    unscaled = _with_gradient_of(value, unscaled, scale)
+    return QuantizedArray(value, unscaled, scale, jnp.asarray(zero_point, jnp.float32), format, symmetric)
+
+
+@jax.custom_vjp
+def _with_gradient_of(value, unscaled, scale):
+    del value, scale
+    return unscaled
+
+
+_with_gradient_of.defvjp(
+    lambda value, unscaled, scale: (unscaled, scale), lambda scale, g: (g / scale, None, None)
+)
 
 
 def value_of(x: jax.Array | QuantizedArray) -> jax.Array:

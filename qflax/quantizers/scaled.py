@@ -11,7 +11,7 @@ from qflax.numerics import IntegerFormat, MinifloatFormat, floor_at, power_of_tw
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.collections import PARAMETERS
 from qflax.quantizers.constraints import ANY_LOG2, NEGATIVE, POSITIVE, Box
-from qflax.quantizers.quantized_array import QuantizedArray
+from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
 from qflax.quantizers.statistics import SMALLEST_RANGE
 
 _BOUNDS = {"scale": POSITIVE, "x_max": POSITIVE, "width": POSITIVE, "log2_scale": ANY_LOG2, "x_min": NEGATIVE}
@@ -53,7 +53,7 @@ class ScaledQuantizer(Quantizer):
             x = _pact_clip(x, scale * fmt.threshold, fmt.signed)
             scale = jax.lax.stop_gradient(scale)
         if self._calibrating and not self.weights:
-            return self._on_grid(x, scale, zero_point)
+            return QuantizedArray(x, x / scale, scale, zero_point, fmt, spec.symmetric)
         stochastic = spec.rounding == "stochastic" and self.has_rng("quantization")
         key = self.make_rng("quantization") if stochastic else None
         if isinstance(fmt, MinifloatFormat):
@@ -62,11 +62,9 @@ class ScaledQuantizer(Quantizer):
         else:
             operands = (scale, zero_point)
         value = fmt.fake_quant(x, *operands, estimator=spec.estimator, key=key)
-        return self._on_grid(value, scale, zero_point)
-
-    def _on_grid(self, value: jax.Array, scale: jax.Array, zero_point: jax.Array) -> QuantizedArray:
-        symmetric = self.spec.symmetric
-        return QuantizedArray(value, scale, zero_point, self.format, symmetric)
+        # The same once more, which compilers notice.
+        unscaled = fmt.unscaled(*jax.lax.stop_gradient((x, *operands)), rounding=spec.rounding, key=key)
+        return quantized_array(value, unscaled, scale, fmt, zero_point, spec.symmetric)
 
     @property
     def _averaging(self) -> bool:

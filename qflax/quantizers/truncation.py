@@ -4,15 +4,14 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from qflax.errors import choose, require
-from qflax.numerics import IntegerFormat, quotient, round_to_integer, straight_through
+from qflax.numerics import IntegerFormat, product, straight_through
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.checks import check_whole
-from qflax.quantizers.quantized_array import QuantizedArray
+from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
 
-_MOST_BITS = 18  # A float32 mean of a thousand codes is off by less than half of one.
+_MOST_BITS = 24  # Of integers that float32 holds.
 _ROUNDING_MODES = ("floor", "half_even", "ceil", "toward_zero")
 
 
@@ -58,16 +57,15 @@ class TruncationQuantizer(Quantizer):
         fmt = inputs.format
         require(
             fmt.bits <= _MOST_BITS,
-            f"{'/'.join(self.path[:-1])}: kind='truncation' of {fmt.bits} bits, which a float32 mean does "
-            f"not hold exactly; at most {_MOST_BITS} are: lower the bits of the activations before",
+            f"{'/'.join(self.path[:-1])}: kind='truncation' of {fmt.bits} bits, which float32 does "
+            f"not hold; at most {_MOST_BITS} are: lower the bits of the activations before",
         )
         dropped = max(fmt.bits - self.spec.bits, 0)
-        codes = jnp.round(quotient(x.astype(jnp.float32), inputs.scale))
-        codes = round_to_integer(codes * 2.0**-dropped, self.spec.rounding)
-        fmt = IntegerFormat(bits=fmt.bits - dropped, signed=fmt.signed)
-        # Rounding up may leave the last code.
-        codes = jnp.clip(codes, fmt.lowest, fmt.highest)
-        scale = inputs.scale * 2.0**dropped
-        # In a calibration pass activations stay as they are.
-        value = x if self._calibrating else straight_through(codes * scale, x)
-        return QuantizedArray(value=value, scale=scale, zero_point=inputs.zero_point, format=fmt)
+        scale, fmt = inputs.scale * 2.0**dropped, IntegerFormat(bits=fmt.bits - dropped, signed=fmt.signed)
+        if self._calibrating:
+            return QuantizedArray(x, x / scale, scale, inputs.zero_point, fmt)
+        # Clipped, as rounding up may leave the last code.
+        codes = fmt.unscaled(
+            jax.lax.stop_gradient(inputs.unscaled), 2.0**dropped, rounding=self.spec.rounding
+        )
+        return quantized_array(straight_through(product(codes, scale), x), codes, scale, fmt)

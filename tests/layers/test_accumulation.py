@@ -13,8 +13,8 @@ from qflax.quantizers import (
     Minifloat,
     MixedPrecision,
     Quantization,
-    QuantizedArray,
     Uniform,
+    quantized_array,
     quantizer_of,
 )
 
@@ -25,7 +25,7 @@ def inputs(bits=4, signed=False, zero_point=0.0, scale=0.25):
     fmt = IntegerFormat(bits=bits, signed=signed)
     codes = RNG.integers(fmt.lowest, fmt.highest + 1, (1, 5, 5, 6)) - zero_point
     value = jnp.float32(codes * scale)
-    return QuantizedArray(value, jnp.float32(scale), jnp.float32(zero_point), fmt)
+    return quantized_array(value, jnp.round(value / scale), jnp.float32(scale), fmt, zero_point)
 
 
 def reported(spec, x, layer=None):
@@ -57,7 +57,7 @@ def test_bounds_are_those_of_the_integer_weights(signed, zero_point):
 def test_learned_widths_and_dense_layers_too():
     spec = MixedPrecision(bits=4)
     x = inputs()
-    flat = QuantizedArray(x.value.reshape(1, -1), x.scale, x.zero_point, x.format)
+    flat = x.moved(x.value.reshape(1, -1))
     _, bounds = reported(spec, flat, Dense(3, quantization=Quantization(weights=spec)))
     assert bounds.depth == 150 and bounds.weight_bits == 4
     assert 1 < bounds.exact_bits <= bounds.norm_bits <= bounds.data_type_bits == 16
@@ -65,7 +65,7 @@ def test_learned_widths_and_dense_layers_too():
 
 def test_sums_that_are_not_of_integers_have_no_bound():
     uniform, x = Uniform(bits=4, scale="statistic"), inputs()
-    per_channel = QuantizedArray(x.value, jnp.full(6, 0.25), x.zero_point, x.format)
+    per_channel = x.replace(scale=jnp.full(6, 0.25))
     minifloat = Minifloat(exponent_bits=4, mantissa_bits=3)
     for spec, of in ((uniform, x.value), (uniform, per_channel), (minifloat, x), (None, x)):
         assert reported(spec, of)[1] is None
@@ -74,7 +74,7 @@ def test_sums_that_are_not_of_integers_have_no_bound():
 @pytest.mark.parametrize("bias", [3.0, -3.0])
 def test_an_integer_bias_is_part_of_what_the_accumulator_must_hold(bias):
     x, weights = inputs(scale=2.0**-8), Uniform(bits=4, scale="constant", scale_value=2.0**-8)
-    flat = QuantizedArray(x.value.reshape(1, -1), x.scale, x.zero_point, x.format)
+    flat = x.moved(x.value.reshape(1, -1))
     for biases, least in ((None, 0), (IntegerBias(), 3 * 2**16)):
         layer = Dense(
             3,

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.signal
 
 from qflax.layers import Conv
 from qflax.quantizers import Quantization, QuantizedArray, Rule, Uniform, quantizer_of
@@ -55,12 +56,30 @@ def test_bfloat16_convolves_what_float32_quantization_gave():
     quantization = Quantization(weights=spec)
     variables = Conv(8, (3, 3), quantization=quantization).init(jax.random.key(0), X)
     y = Conv(8, (3, 3), dtype=jnp.bfloat16, quantization=quantization).apply(variables, X)
-    kernel = quantizer_of(spec, weights=True).apply({}, variables["params"]["kernel"]).value
-    expected = nn.Conv(8, (3, 3), dtype=jnp.bfloat16).apply(
-        {"params": {**variables["params"], "kernel": kernel}}, X
+    kernel = quantizer_of(spec, weights=True).apply({}, variables["params"]["kernel"])
+    sums = nn.Conv(8, (3, 3), dtype=jnp.bfloat16, use_bias=False).apply(
+        {"params": {"kernel": kernel.unscaled}}, X
     )
     assert y.dtype == jnp.bfloat16
+    expected = sums * kernel.scale.astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.float32(y), np.float32(expected))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_of_integers_are_exact(dtype):
+    eight = Uniform(bits=8, scale="statistic")
+    layer = Conv(8, (3, 3), use_bias=False, dtype=dtype, quantization=Quantization(weights=eight))
+    quantized = quantizer_of(Uniform(bits=8, scale="constant", scale_value=0.1), weights=False).apply({}, X)
+    variables = layer.init(jax.random.key(0), quantized)
+    kernel = quantizer_of(eight, weights=True).apply({}, variables["params"]["kernel"])
+    sums = scipy.signal.correlate(
+        np.pad(np.int64(quantized.unscaled), ((0, 0), (1, 1), (1, 1), (0, 0)))[0],
+        np.int64(kernel.unscaled)[..., 0],
+        "valid",
+    )
+    y = layer.apply(variables, quantized)
+    expected = jnp.asarray(sums, dtype) * (quantized.scale * kernel.scale).astype(dtype)
+    np.testing.assert_array_equal(np.float32(y[0, ..., 0]), np.float32(expected[..., 0]))
 
 
 def test_quantized_input_is_used_by_its_values():
@@ -68,7 +87,8 @@ def test_quantized_input_is_used_by_its_values():
     variables = layer.init(jax.random.key(0), X)
     quantized = quantizer_of(Uniform(bits=8, scale="constant", scale_value=0.1), weights=False).apply({}, X)
     assert isinstance(quantized, QuantizedArray)
-    np.testing.assert_array_equal(layer.apply(variables, quantized), layer.apply(variables, quantized.value))
+    y, of_values = layer.apply(variables, quantized), layer.apply(variables, quantized.value)
+    np.testing.assert_allclose(y, of_values, rtol=1e-5, atol=1e-5)  # The order of factors differs.
 
 
 def test_gradient_reaches_the_float_kernel():

@@ -13,7 +13,6 @@ from qflax.quantizers import (
     IntegerBias,
     Minifloat,
     Quantization,
-    QuantizedArray,
     Uniform,
     calibrate,
     quantizer_of,
@@ -38,7 +37,7 @@ def test_integer_bias_is_on_the_grid_of_the_sums(kind):
     y = np.float64(layer.apply(variables, INPUTS))
     # All that comes out is an integer, up to rounding, and the bias is the nearest one.
     np.testing.assert_allclose(y / scale, np.round(y / scale), atol=2e-3)
-    zero = QuantizedArray(jnp.zeros_like(INPUTS.value), INPUTS.scale, INPUTS.zero_point, INPUTS.format)
+    zero = INPUTS.moved(jnp.zeros_like(INPUTS.value))
     bias = np.float64(variables["params"]["bias"])
     alone = np.float64(layer.apply(variables, zero)).reshape(-1, 4)
     np.testing.assert_allclose(alone / scale, np.broadcast_to(np.round(bias / scale), alone.shape), rtol=1e-6)
@@ -49,7 +48,7 @@ def test_a_narrow_bias_saturates_and_the_gradient_is_the_bias_s():
     layer = layer_of(
         "dense", weights=Uniform(bits=4, scale="constant", scale_value=1.0), biases=IntegerBias(bits=4)
     )
-    zero = INPUTS.replace(value=jnp.zeros((1, 3)))
+    zero = INPUTS.moved(jnp.zeros((1, 3)))
 
     def output(bias):
         return layer.apply({"params": {"kernel": jnp.zeros((3, 4)), "bias": bias}}, zero)[0]

@@ -20,7 +20,7 @@ def test_pool_is_the_mean_over_height_and_width_and_float_by_default():
 
 def test_quantized_input_is_used_by_its_values():
     q = quantizer_of(SPEC, weights=False).apply({}, X)
-    np.testing.assert_array_equal(AveragePool().apply({}, q), AveragePool().apply({}, q.value))
+    np.testing.assert_allclose(AveragePool().apply({}, q).value, AveragePool().apply({}, q.value), rtol=1e-6)
 
 
 def test_a_rule_on_its_output_quantizes_the_mean_as_unsigned():
@@ -90,8 +90,8 @@ def test_truncation_refuses_what_is_no_integer_with_one_scale(x):
 
 def test_truncation_refuses_sums_that_a_float_does_not_hold():
     spec = Uniform(bits=16, scale="constant", scale_value=1.0)
-    with pytest.raises(UserError, match="of 21 bits"):
-        truncating(bits=8).apply({}, quantizer_of(spec, weights=False).apply({}, X))
+    with pytest.raises(UserError, match="of 26 bits"):
+        truncating(bits=8).apply({}, quantizer_of(spec, weights=False).apply({}, jnp.ones((1, 32, 32, 1))))
     with pytest.raises(UserError, match="bits=17"):
         Truncation(bits=17)
     with pytest.raises(UserError, match="rounding='up'"):

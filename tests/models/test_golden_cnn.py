@@ -152,7 +152,7 @@ def test_without_truncation_and_integer_bias_it_is_the_plain_mean(golden):
         dict(layers="classifier", weights=per_tensor),
     )
     logits, at = run(config, vectors)
-    np.testing.assert_allclose(at("pool"), vectors["pool"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(at("pool").value, vectors["pool"], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(logits, vectors["logits"], rtol=0, atol=2e-5)
 
 

@@ -129,8 +129,8 @@ def test_four_bits_take_an_eighth_of_the_bytes():
     assert max(c.activation_bytes for c in costs) == 16_384 / 2
     first = next(c for c in costs if c.kind == "conv")
     assert (first.weight_bits, first.input_bits) == (4, 32)  # The image is float without a rule.
-    # The classifier reads the mean, which is float without a rule.
-    assert [c.input_bits for c in costs if c.kind in ("conv", "dense")] == [32] + [4] * 18 + [32]
+    # The classifier reads the mean, integers of 6 more bits: 64 codes were added.
+    assert [c.input_bits for c in costs if c.kind in ("conv", "dense")] == [32] + [4] * 18 + [10]
 
 
 def test_option_a_subsamples_and_pads_channels_with_zeros():

@@ -52,7 +52,7 @@ class Plain(nn.Module):
     def __call__(self, x, *, train):
         del train
         x = Quantize(name="input", quantization=self.quantization)(x)
-        return sum(value_of(self.layer(x.replace(value=jnp.roll(x.value, i, -1)))) for i in range(self.calls))
+        return sum(value_of(self.layer(x.moved(jnp.roll(x.value, i, -1)))) for i in range(self.calls))
 
 
 class Net(nn.Module):

@@ -14,8 +14,8 @@ from qflax.quantizers import (
     PENALTIES,
     STATISTICS,
     AccumulatorAware,
-    QuantizedArray,
     project_weights,
+    quantized_array,
     quantizer_of,
 )
 
@@ -29,7 +29,7 @@ def cases(golden, file):
 
 def inputs(case):
     fmt = IntegerFormat(bits=int(case["input_bits"]), signed=bool(case["input_signed"]))
-    return QuantizedArray(jnp.zeros(()), jnp.ones(()), jnp.zeros(()), fmt)
+    return quantized_array(jnp.zeros(()), jnp.zeros(()), jnp.ones(()), fmt)
 
 
 def spec(case, **fields):

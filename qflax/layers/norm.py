@@ -1,0 +1,32 @@
+"""Batch normalisation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qflax.numerics import product, quotient
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm`, whose evaluation is one product and one sum per element.
+
+    Variables, attributes and training are Flax's. With running averages the result is the same bits in every
+    program and in every export: a factor and an offset per channel that are correctly rounded.
+    """
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalises [..., channels]; arguments as of Flax's."""
+        running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        if not running or self.axis not in (-1, x.ndim - 1) or not self.has_variable("batch_stats", "mean"):
+            return super().__call__(x, use_running_average, mask=mask)
+        mean, variance = self.get_variable("batch_stats", "mean"), self.get_variable("batch_stats", "var")
+        factor = quotient(1.0, jnp.sqrt(variance + self.epsilon))
+        if self.use_scale:
+            factor = product(self.get_variable("params", "scale"), factor)
+        offset = -product(mean, factor)
+        if self.use_bias:
+            offset += self.get_variable("params", "bias")
+        y = product(x.astype(jnp.float32), factor) + offset
+        return y.astype(self.dtype or x.dtype)

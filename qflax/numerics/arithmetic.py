@@ -1,0 +1,49 @@
+"""Products and quotients that are the same bits in every program.
+
+Compilers rewrite float arithmetic: a product is fused with the sum that follows, a division by a constant
+becomes a product, factors are multiplied with each other first. The last bit then depends on what else was
+compiled, and a code close to a rounding boundary on the last bit. Exports could not agree with the network
+that was trained.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from qflax.numerics.operation import Operation
+
+
+@Operation
+def quotient(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    """`x / divisor`, correctly rounded on a CPU in every program; `divisor` broadcasts against `x`.
+
+    XLA turns a division by a constant or by a broadcast scalar into `x * (1 / divisor)`, in some programs
+    and not in others. It leaves a divisor alone that depends on `x`, as this one does, if in name only.
+    """
+    return x / jnp.where(jnp.isnan(x), x, divisor)
+
+
+@Operation
+def product(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """`x * y`, rounded before anything is added to it or multiplied with it, in every program.
+
+    XLA's CPU backend fuses `x * y + z`, which rounds once instead of twice, where the two end up in one loop.
+    """
+    return _product(x, y)
+
+
+@jax.custom_jvp
+def _product(x, y):
+    xy = x * y
+    # A choice stands between this product and what follows, if in name only.
+    return jnp.where(jnp.isnan(xy), jnp.nan, xy)
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    xy = _product(x, y)
+    terms = [d * other for d, other in ((dx, y), (dy, x)) if not isinstance(d, SymbolicZero)]
+    return xy, jnp.broadcast_to(sum(terms[1:], terms[0]), xy.shape) if terms else jnp.zeros_like(xy)
