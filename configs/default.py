@@ -53,6 +53,14 @@ def integer_bias(**fields) -> ml_collections.ConfigDict:
     return quantizer("integer_bias", **fields)
 
 
+def integer_input() -> dict:
+    """A rule: the normalised image as integers of 8 bits, the range set by calibration, so that the first
+    layer adds integers too. Finer than what an image of 8 bits tells apart.
+    """
+    spec = dict(kind="uniform", bits=8, signed=True, scale="static", statistic="absmax")
+    return dict(layers="input", activations=spec)
+
+
 def get_config() -> ml_collections.ConfigDict:
     """Returns the default configuration: a float ResNet-20 on CIFAR-10."""
     config = ml_collections.ConfigDict()

@@ -13,6 +13,7 @@ def get_config():
     config = resnet18_fp32.get_config()
     config.weights = default.uniform(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
     config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
+    config.rules = (default.integer_input(),)
     config.num_epochs = 50.0
     config.learning_rate = 0.004
     config.quantizer_learning_rate = 0.004

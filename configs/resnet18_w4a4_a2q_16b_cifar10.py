@@ -3,7 +3,7 @@
 python train.py --config=configs/resnet18_w4a4_a2q_16b_cifar10.py \\
     --config.init_from=runs/resnet18_float_cifar10
 
-Stem and classifier have 8-bit weights; the stem reads float images and its accumulator is not bounded. The
+Stem and classifier have 8-bit weights; the stem reads images of 8 bits and its accumulator is not bounded. The
 average pool keeps 8 bits, and the classifier's bias is an integer of 32 bits on its accumulator's grid. The
 float network is the teacher, too. Not measured yet.
 """
@@ -18,6 +18,7 @@ def get_config():
     config.activations = default.uniform(bits=4, scale="range")
     eight = dict(kind="uniform", bits=8, scale="statistic", granularity="per_channel")
     config.rules = (
+        default.integer_input(),
         dict(layers="conv_init", weights=eight),
         dict(layers="pool/output", activations=dict(kind="truncation", bits=8)),
         dict(layers="classifier", weights=eight, biases=dict(bits=32)),

@@ -19,6 +19,7 @@ def get_config():
     config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
     eight = dict(kind="uniform", bits=8, granularity="per_channel", statistic="mse")
     config.rules = (
+        default.integer_input(),
         dict(layers="conv_init", weights=eight),
         dict(layers="pool/output", activations=dict(bits=8)),
         dict(layers="classifier", weights=eight),

@@ -15,6 +15,7 @@ def get_config():
     config = default.get_config()
     config.weights = default.uniform(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
     config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
+    config.rules = (default.integer_input(),)
     config.learning_rate = 0.01
     config.quantizer_learning_rate = 0.01
     return config

@@ -17,6 +17,7 @@ def get_config():
     config = default.get_config()
     config.weights = default.mixed_precision(bits=4)
     config.activations = default.mixed_precision(bits=6)
+    config.rules = (default.integer_input(),)
     config.size_targets.weight_kib = 70.0
     config.size_targets.activation_kib_max = 8.0
     config.size_ramp = (0.0, 0.25)

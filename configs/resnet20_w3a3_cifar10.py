@@ -5,7 +5,7 @@ python train.py --config=configs/resnet20_w3a3_cifar10.py --config.init_from=run
 The float network is the teacher, too. Not measured yet.
 """
 
-from configs import resnet20_int4_cifar10
+from configs import default, resnet20_int4_cifar10
 
 
 def get_config():
@@ -15,6 +15,7 @@ def get_config():
     config.activations.bits = 3
     eight = dict(bits=8)
     config.rules = (
+        default.integer_input(),
         dict(layers="conv_init", weights=eight),
         dict(layers="pool/output", activations=eight),
         dict(layers="classifier", weights=eight),

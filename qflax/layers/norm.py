@@ -22,11 +22,12 @@ class BatchNorm(nn.BatchNorm):
         if not running or self.axis not in (-1, x.ndim - 1) or not self.has_variable("batch_stats", "mean"):
             return super().__call__(x, use_running_average, mask=mask)
         mean, variance = self.get_variable("batch_stats", "mean"), self.get_variable("batch_stats", "var")
-        factor = quotient(1.0, jnp.sqrt(variance + self.epsilon))
+        variance = variance + self.epsilon
+        factor = quotient(jnp.sqrt(variance), variance)  # 1 / sqrt would become an approximate rsqrt.
         if self.use_scale:
             factor = product(self.get_variable("params", "scale"), factor)
         offset = -product(mean, factor)
         if self.use_bias:
-            offset += self.get_variable("params", "bias")
+            offset = offset + self.get_variable("params", "bias")
         y = product(x.astype(jnp.float32), factor) + offset
         return y.astype(self.dtype or x.dtype)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from qflax.layers.cost import report
 from qflax.layers.operands import quantize_activations
-from qflax.quantizers import FLOAT, Quantization, QuantizedArray, bits_of, value_of
+from qflax.quantizers import CALIBRATION, FLOAT, STATISTICS, Quantization, QuantizedArray, bits_of, value_of
 
 
 class Add(nn.Module):
@@ -27,9 +27,13 @@ class Add(nn.Module):
         quantizer = quantize_activations(self, self.quantization, self.signed, by_default=False)
         bits = 32
         if quantizer is not None:
-            # One call, so that both are on one grid whatever the quantizer makes of a batch.
-            both = quantizer(jnp.concatenate(operands))
-            operands, bits = jnp.split(both.value, 2), bits_of(both)
+            # One call where it looks at the data, so that both are on one grid.
+            if any(self.is_mutable_collection(name) for name in (STATISTICS, *CALIBRATION.values())):
+                both = quantizer(jnp.concatenate(operands))
+                operands, bits = jnp.split(both.value, 2), bits_of(both)
+            else:
+                quantized = [quantizer(x) for x in operands]
+                operands, bits = [x.value for x in quantized], bits_of(quantized[0])
         total = operands[0] + operands[1]
         report(
             self,

@@ -1,7 +1,12 @@
 """Pure functions on arrays: number formats, rounding and its gradients."""
 
 from qflax.numerics.accumulator import accumulator_extremes, data_type_width, norm_width, width_of_extremes
-from qflax.numerics.accumulator_aware import AccumulatorBudget, accumulator_aware_codes, code_sums
+from qflax.numerics.accumulator_aware import (
+    AccumulatorBudget,
+    accumulator_aware_codes,
+    code_sums,
+    within_accumulator,
+)
 from qflax.numerics.arithmetic import product, quotient
 from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
@@ -52,4 +57,5 @@ __all__ = [
     "straight_through",
     "sum_to_shape",
     "width_of_extremes",
+    "within_accumulator",
 ]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from qflax.numerics.arithmetic import quotient
 from qflax.numerics.integer import Estimator, IntegerFormat
+from qflax.numerics.operation import Operation
 
 _TRUNCATION = Estimator(rounding="toward_zero", clip="after_rounding")
 _SMALLEST_STEP = 1e-8
@@ -91,6 +92,13 @@ def accumulator_aware_codes(
     u = jnp.where(extended, quotient(centred, jnp.where(extended, step, 1.0)), 0.0)
     u *= jax.lax.stop_gradient(_correction(u, budget, fmt))
     return fmt.fake_quant(u, 1.0, estimator=_TRUNCATION)
+
+
+@Operation
+def within_accumulator(codes: jax.Array, accumulator_bits: jax.Array, *, format: IntegerFormat) -> jax.Array:
+    """`codes` as they are; a traced program shows their format and the accumulator they were made for."""
+    del accumulator_bits, format
+    return codes
 
 
 def code_sums(codes: jax.Array) -> tuple[jax.Array, jax.Array]:

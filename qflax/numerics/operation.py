@@ -28,6 +28,10 @@ class Operation:
         functools.update_wrapper(self, function)
         self.function = function
 
+    def __repr__(self) -> str:
+        """The name of the function."""
+        return self.function.__name__
+
     def __call__(self, *arrays: jax.typing.ArrayLike, **options: typing.Any) -> jax.Array:
         """The function's value."""
         arrays = [jax.numpy.asarray(array) for array in arrays]

@@ -3,7 +3,7 @@
 from qflax.quantizers.accumulator_aware import AccumulatorAware, project_weights, set_accumulator_bits
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.calibration import CALIBRATIONS, calibrate
-from qflax.quantizers.collections import BUDGETS, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
+from qflax.quantizers.collections import BUDGETS, CALIBRATION, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
 from qflax.quantizers.constraints import constrain, limit_gradients
 from qflax.quantizers.integer_bias import IntegerBias
 from qflax.quantizers.minifloat import Minifloat
@@ -16,6 +16,7 @@ from qflax.quantizers.uniform import Uniform
 
 __all__ = [
     "BUDGETS",
+    "CALIBRATION",
     "CALIBRATIONS",
     "CONSTRAINTS",
     "FLOAT",

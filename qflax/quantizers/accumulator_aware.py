@@ -19,6 +19,7 @@ from qflax.numerics import (
     accumulator_aware_codes,
     product,
     project_onto_l1_ball,
+    within_accumulator,
 )
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.checks import check_flag, check_whole
@@ -108,7 +109,9 @@ class AccumulatorAwareQuantizer(Quantizer):
         if self.spec.ep_init:
             self._report(BUDGETS, "norm", allowed)
         codes = accumulator_aware_codes(x, norm_scale, norm, budget, fmt)
-        return quantized_array(product(codes, scale), jax.lax.stop_gradient(codes), scale, fmt)
+        unscaled = jax.lax.stop_gradient(codes)
+        unscaled = within_accumulator(unscaled, budget.accumulator_bits, format=fmt)
+        return quantized_array(product(codes, scale), unscaled, scale, fmt)
 
     def _budget(self, inputs: jax.Array | QuantizedArray | None) -> AccumulatorBudget:
         spec, where = self.spec, "/".join(self.path[:-1])
