@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from qflax.errors import UserError
 
+FAILED = 1  # Exit code of a verification that found something.
 BAD_INPUT = 2  # Exit code for anything that the user can put right.
 
 
@@ -113,6 +114,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sensitivity.add_argument("source", type=pathlib.Path, help="folder of the float run")
     sensitivity.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2], help="widths to measure")
     sensitivity.set_defaults(run=_sensitivity)
+    exporting = commands.add_parser("export", help="write a trained network to a file that others execute")
+    exporting.add_argument("workdir", type=pathlib.Path, help="folder of a run")
+    exporting.add_argument("--format", default="packed", help="packed, qonnx, qcdq or stablehlo")
+    exporting.add_argument("--output", type=pathlib.Path, required=True, help="file to make")
+    exporting.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
+    exporting.set_defaults(run=_export)
+    verifying = commands.add_parser("verify", help="prove the accumulator bounds of an exported file")
+    verifying.add_argument("file", type=pathlib.Path, help="packed, qonnx or qcdq")
+    verifying.add_argument("--data", choices=("cifar10", "digits"), help="test images to run, too")
+    verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    verifying.set_defaults(run=_verify)
     for command in (importing, calibrating, sensitivity):
         command.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
     options, options.rest = parser.parse_known_args(arguments)
@@ -197,16 +209,48 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def _report_errors(run: Callable[[], None]) -> int:
+def _export(options: argparse.Namespace) -> None:
+    from qflax import runtime
+
+    runtime.configure()
+    from qflax.deploy.export import export
+    from qflax.deploy.table import layer_table
+    from qflax.training.workdir import serving
+
+    function, variables, shape, about = serving(options.workdir, options.checkpoint)
+    result = export(function, variables, shape, options.output, format=options.format, metadata=about)
+    print(layer_table(result.graph))
+    agreement = "equal to" if result.difference == 0 else f"within {result.difference:.3g} of"
+    size = options.output.stat().st_size
+    print(f"{options.output}: {size:,} bytes; logits {agreement} the trained network's on the probe")
+    if options.format != "stablehlo":
+        print(f"prove it with\nqflax verify {options.output}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from qflax.verify import table, verify
+
+    data = ()
+    if options.data:
+        from qflax.data import load
+
+        dataset = load(options.data, "test", data_dir=options.data_dir or None, validation_examples=0)
+        data = dataset.images, dataset.labels
+    report = verify(options.file, *data)
+    print(table(report))
+    return 0 if report.ok else FAILED
+
+
+def _report_errors(run: Callable[[], int | None]) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it writes.
     try:
-        run()
+        code = run()
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    return code or 0
 
 
 def _one_line(error: Exception | str) -> str:

@@ -1,5 +1,7 @@
 """Addition of a residual branch to its shortcut."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ class Add(nn.Module):
             self,
             kind="activation",
             roles=("activations",),
-            activations=0 if quantizer is None else 2 * total[0].size,
+            activations=0 if quantizer is None else 2 * math.prod(total.shape[1:]),
             activation_bits=bits,
         )
         return total

@@ -30,6 +30,7 @@ def product(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """`x * y`, rounded before anything is added to it or multiplied with it, in every program.
 
     XLA's CPU backend fuses `x * y + z`, which rounds once instead of twice, where the two end up in one loop.
+    Magnitudes beyond 3e38 become NaN.
     """
     return _product(x, y)
 
@@ -37,8 +38,9 @@ def product(x: jax.Array, y: jax.Array | float) -> jax.Array:
 @jax.custom_jvp
 def _product(x, y):
     xy = x * y
-    # A choice stands between this product and what follows, if in name only.
-    return jnp.where(jnp.isnan(xy), jnp.nan, xy)
+    # A choice stands between this product and what follows, if in name only. Compilers know which products
+    # are never infinite or NaN, but not how large one is.
+    return jnp.where(jnp.abs(xy) > 3e38, jnp.nan, xy)
 
 
 @functools.partial(_product.defjvp, symbolic_zeros=True)

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,6 +12,7 @@ from clu import parameter_overview
 
 from qflax import config as config_lib
 from qflax.data import Dataset, load
+from qflax.data.augment import normalize
 from qflax.errors import require
 from qflax.layers import LayerCost
 from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
@@ -57,6 +58,36 @@ def load_workdir(
     state = checkpoints.restore(build.abstract_state(config), step)
     checkpoints.close()
     return config, state
+
+
+def serving(
+    workdir: pathlib.Path, which: str = "latest"
+) -> tuple[Callable[[Mapping, jax.Array], jax.Array], Mapping, tuple[int, ...], dict]:
+    """What a run serves.
+
+    Args:
+      workdir: of the run.
+      which: `latest` or `best`.
+
+    Returns:
+      A function of (variables, images float32 [batch, height, width, channels] of 0 to 255) to logits; the
+      variables; the shape of an image; what to tell of the run.
+    """
+    config, state = load_workdir(workdir, which)
+    model, mean, std = build.model(config), tuple(config.mean), tuple(config.std)
+
+    def serve(variables, images):
+        return model.apply(variables, normalize(images, mean, std), train=False)
+
+    result = workdir / RESULT_FILE
+    accuracy = json.loads(result.read_text())["test_accuracy"] if result.exists() else None
+    about = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "step": int(state.step),
+        "test_accuracy": accuracy,
+    }
+    return serve, jax.device_get(state.served), build.image_format(config).image_shape, about
 
 
 def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:

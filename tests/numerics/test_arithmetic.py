@@ -1,11 +1,11 @@
-"""A quotient is correctly rounded in every program."""
+"""Quotients and products are correctly rounded in every program."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qflax.numerics import quotient
+from qflax.numerics import product, quotient
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu",
@@ -35,3 +35,23 @@ def test_an_addition_that_follows_is_not_fused_with_the_quotient():
 
 def test_nan_stays_nan():
     assert np.isnan(quotient(jnp.float32(jnp.nan), 2.0))
+
+
+def test_a_product_is_rounded_before_what_follows():
+    rng = np.random.default_rng(2)
+    factor, other, offset = (rng.normal(size=100).astype(np.float32) for _ in range(3))
+    fused = jax.jit(lambda x, f, o: x * f + o)(X, factor, offset)
+    assert np.any(fused != X * factor + offset)  # Else this test could not fail.
+    protected = jax.jit(lambda x, f, g, o: product(product(x, f), g) + o)
+    np.testing.assert_array_equal(protected(X, factor, other, offset), (X * factor) * other + offset)
+    constants = jax.jit(lambda x: product(product(x, factor), other) + offset)
+    np.testing.assert_array_equal(constants(X), (X * factor) * other + offset)
+
+
+def test_the_gradient_of_a_product_is_the_other_factor():
+    factor = jnp.arange(1.0, 101.0)
+    gradients = jax.grad(lambda x, f: jnp.sum(product(x, f)), argnums=(0, 1))(jnp.asarray(X), factor)
+    np.testing.assert_array_equal(gradients[0], np.broadcast_to(factor, X.shape))
+    np.testing.assert_allclose(gradients[1], X.sum(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(product(x, x)))(jnp.asarray(X)), 2 * X)
+    assert np.isnan(product(jnp.float32(jnp.nan), 2.0))

@@ -1,0 +1,135 @@
+"""Exports: a trained function as a file that computes the same."""
+
+import dataclasses
+import functools
+import pathlib
+import typing
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qflax.deploy import packed
+from qflax.deploy.graph import Graph
+from qflax.deploy.lowering import lower
+from qflax.deploy.probe import probe_input, probe_metadata
+from qflax.deploy.ranges import integer_ranges
+from qflax.deploy.runner import execute
+from qflax.deploy.stablehlo import to_stablehlo
+from qflax.errors import UserError, choose, require
+
+_TOLERANCE = 1e-4  # Relative; float sums depend on their order.
+
+
+def _save_qonnx(graph: Graph, file: pathlib.Path) -> None:
+    from qflax.deploy.qonnx import to_qonnx
+
+    file.write_bytes(to_qonnx(graph).SerializeToString())
+
+
+def _save_qcdq(graph: Graph, file: pathlib.Path) -> None:
+    from qflax.deploy.qcdq import to_qcdq
+
+    file.write_bytes(to_qcdq(graph).SerializeToString())
+
+
+def _save_stablehlo(graph: Graph, file: pathlib.Path) -> None:
+    file.write_bytes(to_stablehlo(graph))
+
+
+_SAVE = {
+    "packed": packed.save,
+    "qonnx": _save_qonnx,
+    "qcdq": _save_qcdq,
+    "stablehlo": _save_stablehlo,
+}
+FORMATS = tuple(_SAVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """What came of an export.
+
+    Attributes:
+      graph: the network, with metadata.
+      difference: largest difference on the probe between the outputs of the trained network and of the graph.
+      exact: whether everything is integers between the roundings, so that there may be none.
+    """
+
+    graph: Graph
+    difference: float
+    exact: bool
+
+
+def export(
+    function: Callable[[typing.Any, jax.Array], jax.Array],
+    variables: typing.Any,
+    shape: tuple[int, ...],
+    file: pathlib.Path,
+    *,
+    format: str,
+    low: float = 0.0,
+    high: float = 255.0,
+    metadata: Mapping[str, typing.Any] | None = None,
+) -> Export:
+    """Writes a trained network to a file, once it is known to compute the same.
+
+    Args:
+      function: maps (variables, float32 [batch, *shape]) to an array [batch, ...], for any batch.
+      variables: what was trained.
+      shape: of one example.
+      file: to write; it must not be there.
+      format: one of `FORMATS`.
+      low, high: range of inputs, for the probe.
+      metadata: what else to record, of JSON's types.
+
+    Raises:
+      UserError: unknown format, a file that is there, a network that the format cannot hold.
+    """
+    choose("format", format, FORMATS)
+    require(not file.exists(), f"{file}: is there already; choose another --output")
+    require(file.parent.is_dir(), f"{file.parent}: no such folder; make it, or choose another --output")
+    graph = lower(functools.partial(function, variables), shape)
+    x = probe_input(shape, low, high)
+    trained = np.asarray(jax.jit(function)(variables, x), np.float32)
+    served, sums = _served(graph, x)
+    difference, exact = float(np.max(np.abs(trained - served))), is_exact(graph)
+    allowed = 0.0 if exact else _TOLERANCE * float(np.max(np.abs(trained)))
+    if not difference <= allowed:
+        raise UserError(
+            f"{file}: not written: on the probe its outputs would differ from the trained network's by "
+            f"{difference:.3g}, and {allowed:.3g} is allowed; export on a CPU, or report this network"
+        )
+    probe = probe_metadata(low, high, trained, sums)
+    graph = dataclasses.replace(graph, metadata={**(metadata or {}), "probe": probe})
+    _SAVE[format](graph, file)
+    return Export(graph=graph, difference=difference, exact=exact)
+
+
+def is_exact(graph: Graph) -> bool:
+    """Whether all sums are of integers, and nothing but sums, products and roundings is computed."""
+    ranges = integer_ranges(graph)
+    summed = ("conv", "dense", "sum", "sum_pool")
+    inexact = ("exp", "log", "tanh", "logistic", "erf", "rsqrt", "sin", "cos", "power")
+    return all(
+        node.output in ranges if node.operation in summed else node.operation not in inexact
+        for node in graph.nodes
+    )
+
+
+def _served(graph: Graph, x: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
+    """The graph's outputs, and sums of integer codes by the node's place."""
+    ranges = integer_ranges(graph)
+    places = {
+        node.output: i
+        for i, node in enumerate(graph.nodes)
+        if node.operation == "quantize" and node.output in ranges
+    }
+
+    def run(x):
+        values = execute(graph, x)[0]
+        return values[graph.output], {place: jnp.sum(values[name]) for name, place in places.items()}
+
+    output, sums = jax.jit(run)(x)
+    return np.asarray(output, np.float32), {place: int(total) for place, total in sums.items()}

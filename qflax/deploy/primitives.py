@@ -1,0 +1,345 @@
+"""What becomes of each primitive of JAX, and of each operation of the quantizers, in a graph."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qflax.deploy.graph import Format
+from qflax.errors import UserError, require
+from qflax.numerics import IntegerFormat
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """The output of a node, or the input.
+
+    Attributes:
+      name: in the graph.
+      shape: in the traced program.
+      stretched: whether the array in the graph has an axis of 1 where `shape` has more, as operands of
+        elementwise operations may.
+    """
+
+    name: str
+    shape: Shape
+    stretched: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """What does not depend on the input.
+
+    Attributes:
+      array: like `Value`, it may be stretched.
+      shape: in the traced program.
+      format, accumulator_bits: as of `graph.Constant`.
+    """
+
+    array: np.ndarray
+    shape: Shape
+    format: Format | None = None
+    accumulator_bits: int | None = None
+
+    def whole(self) -> np.ndarray:
+        """The array in its full shape."""
+        return np.broadcast_to(self.array, self.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """An equation, whose inputs have been looked up.
+
+    Attributes:
+      name: of the primitive or of the quantizers' operation.
+      parameters: of the primitive; of an operation its options.
+      inputs: at least one of them a `Value`.
+      shape: of the output.
+      layer: path of the module.
+      emit: makes a node of (operation, inputs, attributes), whose value has the shape given.
+    """
+
+    name: str
+    parameters: dict[str, typing.Any]
+    inputs: list[Value | Known]
+    shape: Shape
+    layer: str
+    emit: typing.Callable[..., Value]
+
+    def node(self, operation: str, *inputs: Value | Known, shape: Shape | None = None, **attributes) -> Value:
+        """A node of this equation."""
+        return self.emit(operation, inputs, self.shape if shape is None else shape, attributes, self.layer)
+
+    def refuse(self, why: str) -> UserError:
+        """The error for what a graph cannot say."""
+        where = self.layer or "the function"
+        return UserError(
+            f"{where}: cannot be exported: {self.name} {why}; see qflax/deploy/graph.py for what can"
+        )
+
+    def require(self, condition: bool, why: str) -> None:
+        """Raises if not."""
+        if not condition:
+            raise self.refuse(why)
+
+    def whole(self, value: Value | Known) -> Value | Known:
+        """`value`, if it has its full shape in the graph."""
+        if isinstance(value, Known):
+            return dataclasses.replace(value, array=value.whole())
+        self.require(not value.stretched, "of an array that was broadcast")
+        return value
+
+
+ELEMENTWISE = {
+    "mul": "multiply",
+    "div": "divide",
+    "add": "add",
+    "add_any": "add",
+    "sub": "subtract",
+    "max": "maximum",
+    "min": "minimum",
+    "product": "multiply",
+    "quotient": "divide",
+    "neg": "negative",
+    "abs": "absolute",
+    "round": "round",
+    **{name: name for name in ("exp", "log", "tanh", "logistic", "erf", "sqrt", "rsqrt")},
+    **{name: name for name in ("floor", "ceil", "sign", "sin", "cos")},
+}
+
+
+def elementwise(call: Call) -> Value:
+    """One of `ELEMENTWISE`."""
+    if call.name == "round":
+        half_even = call.parameters["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
+        call.require(half_even, "away from zero")
+    value = call.node(ELEMENTWISE[call.name], *call.inputs)
+    full = any(isinstance(x, Value) and not x.stretched for x in call.inputs)
+    return value if full else dataclasses.replace(value, stretched=True)
+
+
+def _power(call: Call) -> Value:
+    exponent = call.parameters["y"]
+    return call.node("power", *call.inputs, exponent=exponent)
+
+
+def _square(call: Call) -> Value:
+    return call.node("multiply", *call.inputs * 2)
+
+
+def _clamp(call: Call) -> Value:
+    low, x, high = call.inputs
+    return call.node("minimum", call.node("maximum", x, low), high)
+
+
+def _select(call: Call) -> Value | Known:
+    which, *cases = call.inputs
+    call.require(isinstance(which, Known) and which.array.size == 1, "by what depends on the input")
+    return cases[int(which.array.reshape(()))]
+
+
+def _convert(call: Call) -> Value | Known:
+    dtype = call.parameters["new_dtype"]
+    call.require(dtype == jnp.float32, f"to {dtype}: a graph computes in float32")
+    return call.inputs[0]
+
+
+def _same(call: Call) -> Value | Known:
+    return call.inputs[0]
+
+
+def _quantize_integer(call: Call) -> Value:
+    x, scale, zero_point = call.inputs
+    options = {"format": call.parameters["format"], "rounding": _rounding(call)}
+    return call.node("quantize", call.whole(x), scale, zero_point, **options)
+
+
+def _quantize_minifloat(call: Call) -> Value:
+    x, *scale = call.inputs
+    zero, one = (Known(np.float32(value), ()) for value in (0, 1))
+    options = {"format": call.parameters["format"], "rounding": _rounding(call)}
+    return call.node("quantize", call.whole(x), *(scale or [one]), zero, **options)
+
+
+def _rounding(call: Call) -> str:
+    rounding = call.parameters["rounding"]
+    return "half_even" if rounding == "stochastic" else rounding  # Without a key it is that.
+
+
+def _quantize_range(call: Call) -> Value:
+    x, step, _, highest = call.inputs
+    fmt = learned_format(highest.array, call.parameters["signed"], call.layer)
+    zero = Known(np.float32(0), ())
+    codes = call.node("quantize", call.whole(x), step, zero, format=fmt, rounding="half_even")
+    if np.all(highest.array == fmt.highest):
+        return codes
+    codes = call.node("minimum", codes, highest)
+    lowest = dataclasses.replace(highest, array=-highest.array)
+    return call.node("maximum", codes, lowest) if fmt.signed else codes
+
+
+def learned_format(highest: np.ndarray, signed: bool, layer: str) -> IntegerFormat:
+    """The format of codes up to `highest`, of a width that was learned; the widest of several channels."""
+    bits = np.log2(np.float64(highest) + 1)
+    require(
+        np.all(bits == np.round(bits)),
+        f"{layer}: its bit width is still being learned; train on until widths are frozen, or lower "
+        "config.freeze_widths_after",
+    )
+    return IntegerFormat(bits=int(bits.max()) + signed, signed=signed, narrow=signed)
+
+
+def _conv(call: Call) -> Value:
+    x, kernel = (call.whole(value) for value in call.inputs)
+    p, rank = call.parameters, len(call.shape)
+    numbers = p["dimension_numbers"]
+    layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
+    call.require(rank == 4 and layout == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)), "is not NHWC with HWIO")
+    call.require(set(p["lhs_dilation"]) == {1} and p["batch_group_count"] == 1, "is transposed")
+    call.require(isinstance(x, Value), "of a constant by what depends on the input")
+    return call.node(
+        "conv",
+        x,
+        kernel,
+        strides=tuple(p["window_strides"]),
+        padding=tuple(tuple(pair) for pair in p["padding"]),
+        dilation=tuple(p["rhs_dilation"]),
+        groups=p["feature_group_count"],
+    )
+
+
+def _dot(call: Call) -> Value:
+    x, kernel = (call.whole(value) for value in call.inputs)
+    (left, right), batch = call.parameters["dimension_numbers"][0], call.parameters["dimension_numbers"][1]
+    plain = tuple(left) == (len(x.shape) - 1,) and tuple(right) == (0,) and not any(batch)
+    call.require(
+        plain and isinstance(kernel, Known) and len(kernel.shape) == 2, "is not x [..., in] @ kernel"
+    )
+    return call.node("dense", x, kernel)
+
+
+def _window(call: Call) -> Value:
+    p = call.parameters
+    window, strides, padding = p["window_dimensions"], p["window_strides"], p["padding"]
+    images = len(window) == 4 and all(w[0] == w[3] == 1 for w in (window, strides))
+    images = images and not any((*padding[0], *padding[3]))
+    dilated = {*p["base_dilation"], *p["window_dilation"]} != {1}
+    call.require(images and not dilated, "over other axes than height and width, or dilated")
+    return call.node(
+        {"reduce_window_max": "max_pool", "reduce_window_sum": "sum_pool"}[call.name],
+        call.whole(call.inputs[0]),
+        window=tuple(window[1:3]),
+        strides=tuple(strides[1:3]),
+        padding=tuple(tuple(pair) for pair in padding[1:3]),
+    )
+
+
+def _reduce(call: Call) -> Value:
+    axes = tuple(call.parameters["axes"])
+    call.require(0 not in axes, "over the batch")
+    operation = {"reduce_sum": "sum", "reduce_max": "max"}[call.name]
+    return call.node(operation, call.whole(call.inputs[0]), axes=axes)
+
+
+def _pad(call: Call) -> Value:
+    x, value = call.inputs
+    config = [tuple(side) for side in call.parameters["padding_config"]]
+    zeros = isinstance(value, Known) and not np.any(value.array)
+    plain = all(low >= 0 and high >= 0 and interior == 0 for low, high, interior in config)
+    call.require(zeros and plain and config[0] == (0, 0, 0), "with other values than zeros around")
+    return call.node("pad", call.whole(x), padding=tuple(side[:2] for side in config))
+
+
+def _slice(call: Call) -> Value:
+    p, x = call.parameters, call.whole(call.inputs[0])
+    starts, limits = p["start_indices"], p["limit_indices"]
+    strides = p["strides"] or (1,) * len(starts)
+    return _sliced(call, x, starts, limits, strides, call.shape)
+
+
+def _sliced(call, x, starts, limits, strides, shape) -> Value:
+    call.require(starts[0] == 0 and limits[0] == x.shape[0] and strides[0] == 1, "of the batch")
+    stops = tuple(None if limit == n else int(limit) for limit, n in zip(limits, x.shape, strict=True))
+    start, step = tuple(map(int, starts)), tuple(map(int, strides))
+    return call.node("slice", x, shape=shape, start=start, stop=stops, step=step)
+
+
+def split(call: Call) -> list[Value]:
+    """The only primitive with several outputs."""
+    x, axis, outputs, first = call.whole(call.inputs[0]), call.parameters["axis"], [], 0
+    for size in call.parameters["sizes"]:
+        starts = [0] * len(x.shape)
+        limits = list(x.shape)
+        starts[axis], limits[axis] = first, first + size
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        outputs.append(_sliced(call, x, starts, limits, [1] * len(starts), shape))
+        first += size
+    return outputs
+
+
+def _reshape(call: Call) -> Value:
+    return _reshaped(call, call.whole(call.inputs[0]), call.shape)
+
+
+def _reshaped(call: Call, x: Value, shape: Shape) -> Value:
+    batch = x.shape[0]
+    call.require(shape[0] == batch, "mixes the batch with other axes")
+    return call.node("reshape", x, shape=shape, sizes=(-1, *shape[1:]))
+
+
+def _broadcast(call: Call) -> Value:
+    x, axes = call.inputs[0], call.parameters["broadcast_dimensions"]
+    if len(call.shape) == len(x.shape) and not x.stretched:
+        return dataclasses.replace(x, shape=call.shape, stretched=x.shape != call.shape)
+    call.require(len(axes) and axes[0] == 0, "moves the batch")
+    sizes = [1] * len(call.shape)
+    for axis, n in zip(axes, call.whole(x).shape, strict=True):
+        sizes[axis] = n
+    value = _reshaped(call, x, tuple(sizes))
+    return dataclasses.replace(value, shape=call.shape, stretched=tuple(sizes) != call.shape)
+
+
+def _transpose(call: Call) -> Value:
+    permutation = tuple(call.parameters["permutation"])
+    call.require(permutation[0] == 0, "moves the batch")
+    return call.node("transpose", call.whole(call.inputs[0]), permutation=permutation)
+
+
+def _concatenate(call: Call) -> Value:
+    axis = call.parameters["dimension"]
+    call.require(axis != 0, "along the batch")
+    return call.node("concatenate", *map(call.whole, call.inputs), axis=axis)
+
+
+RULES = {
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    "integer_pow": _power,
+    "square": _square,
+    "clamp": _clamp,
+    "select_n": _select,
+    "convert_element_type": _convert,
+    "stop_gradient": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "quantize_integer": _quantize_integer,
+    "quantize_minifloat": _quantize_minifloat,
+    "quantize_range": _quantize_range,
+    "conv_general_dilated": _conv,
+    "dot_general": _dot,
+    "reduce_window_max": _window,
+    "reduce_window_sum": _window,
+    "reduce_sum": _reduce,
+    "reduce_max": _reduce,
+    "pad": _pad,
+    "slice": _slice,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "transpose": _transpose,
+    "concatenate": _concatenate,
+}

@@ -1,0 +1,80 @@
+"""Exports are written once they are known to compute what was trained."""
+
+import jax
+import numpy as np
+import pytest
+from networks import SHAPE, images
+
+from qflax.deploy import export as export_lib
+from qflax.deploy import packed
+from qflax.deploy.export import export
+from qflax.deploy.probe import probe_input
+from qflax.deploy.runner import IntegerRunner
+from qflax.deploy.table import layer_table
+from qflax.errors import UserError
+
+
+def test_a_packed_file_runs_without_what_made_it(tmp_path, trained):
+    function, variables = trained("int4")
+    result = export(function, variables, SHAPE, tmp_path / "file", format="packed", metadata={"step": 3})
+    assert result.exact and result.difference == 0
+    x = images(10)
+    y = IntegerRunner(packed.load(tmp_path / "file"))(x)
+    np.testing.assert_array_equal(y, jax.jit(function)(variables, x))
+
+
+def test_the_probe_tells_what_was_trained(tmp_path, trained):
+    function, variables = trained("a2q+")
+    export(function, variables, SHAPE, tmp_path / "file", format="packed", metadata={"step": 3})
+    graph = packed.load(tmp_path / "file")
+    probe = graph.metadata["probe"]
+    x = probe_input(SHAPE, probe["low"], probe["high"])
+    assert graph.metadata["step"] == 3 and x.shape == (2, *SHAPE) and set(np.unique(x)) <= set(range(256))
+    np.testing.assert_array_equal(np.float32(probe["outputs"]), jax.jit(function)(variables, x))
+    names = {graph.nodes[place].operation for place, _ in probe["sums"]}
+    assert names == {"quantize"} and sum(total != 0 for _, total in probe["sums"]) > 3
+
+
+def test_stablehlo_serves_any_batch(tmp_path, trained):
+    function, variables = trained("mixed")
+    export(function, variables, SHAPE, tmp_path / "file", format="stablehlo")
+    served = jax.export.deserialize(bytearray((tmp_path / "file").read_bytes()))
+    for count in (1, 7):
+        x = images(count)
+        np.testing.assert_array_equal(served.call(x), jax.jit(function)(variables, x))
+    assert "i8" in served.mlir_module()
+
+
+def test_nothing_is_written_over_or_wrongly(tmp_path, trained, monkeypatch):
+    function, variables = trained("int4")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="is there already; choose another --output"):
+        export(function, variables, SHAPE, file, format="packed")
+    with pytest.raises(UserError, match="no such folder"):
+        export(function, variables, SHAPE, tmp_path / "none" / "file", format="packed")
+    with pytest.raises(UserError, match="format='onnx'.*packed, qonnx, qcdq, stablehlo"):
+        export(function, variables, SHAPE, tmp_path / "new", format="onnx")
+    monkeypatch.setattr(export_lib, "lower", lambda *_: _lowered_wrongly(function, variables))
+    with pytest.raises(UserError, match="not written: on the probe its outputs would differ"):
+        export(function, variables, SHAPE, tmp_path / "new", format="packed")
+    assert file.read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def _lowered_wrongly(function, variables):
+    from qflax.deploy.lowering import lower
+
+    return lower(lambda x: function(variables, x * 0.5), SHAPE)
+
+
+def test_the_table_has_a_line_per_kernel(trained, tmp_path):
+    function, variables = trained("a2q+")
+    lines = layer_table(export(function, variables, SHAPE, tmp_path / "f", format="packed").graph).split("\n")
+    assert [line.split()[0] for line in lines[1:]] == [
+        "stem",
+        "depthwise",
+        "pointwise",
+        "hidden",
+        "classifier",
+    ]
+    assert all(line.endswith("12 bits") and " int4 " in line for line in lines[1:])

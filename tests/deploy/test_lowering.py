@@ -1,0 +1,131 @@
+"""The graph of a function computes what the function does, bit for bit where sums are of integers."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import INTEGER, POLICIES, SHAPE, images
+
+from qflax.deploy.export import is_exact
+from qflax.deploy.lowering import lower
+from qflax.deploy.ranges import integer_ranges
+from qflax.deploy.runner import execute
+from qflax.errors import UserError
+from qflax.numerics import IntegerFormat
+from qflax.quantizers import MixedPrecision, Quantization, quantizer_of
+
+X = np.random.default_rng(0).normal(size=(3, 6, 4, 8)).astype(np.float32)
+
+
+def run(graph, x):
+    return np.asarray(jax.jit(lambda x: execute(graph, x)[0][graph.output].astype(jnp.float32))(x))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_quantizer_gives_the_same_bits(trained, name):
+    function, variables = trained(name)
+    graph, x = lower(functools.partial(function, variables), SHAPE), images(40)
+    expected, got = np.asarray(jax.jit(function)(variables, x)), run(graph, x)
+    assert is_exact(graph) == (name in INTEGER)
+    if name == "float":
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(got, expected)
+    assert len(np.unique(expected, axis=0)) > 5
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_all_sums_of_integer_networks_are_integers(trained, name):
+    function, variables = trained(name)
+    graph = lower(functools.partial(function, variables), SHAPE)
+    ranges = integer_ranges(graph)
+    values = jax.jit(lambda x: execute(graph, x)[0])(images(20, seed=1))
+    kernels = [node for node in graph.nodes if node.operation in ("conv", "dense")]
+    assert len(kernels) == 5
+    for node in kernels:
+        low, high = ranges[node.output]
+        sums = np.asarray(values[node.output])
+        assert sums.dtype == np.int32 and low <= sums.min() < sums.max() <= high
+        assert isinstance(graph.constants[node.inputs[1]].format, IntegerFormat)
+
+
+def test_accumulator_promises_are_on_the_weights(trained):
+    function, variables = trained("a2q+")
+    graph = lower(functools.partial(function, variables), SHAPE)
+    kernels = [graph.constants[node.inputs[1]] for node in graph.nodes if node.operation in ("conv", "dense")]
+    assert [kernel.accumulator_bits for kernel in kernels] == [12] * 5
+
+
+def test_learned_widths_are_in_the_formats(trained):
+    function, variables = trained("mixed")
+    graph = lower(functools.partial(function, variables), SHAPE)
+    widths = variables["quantizer_stats"]["stem"]["weights"]["bits"]
+    kernel = next(graph.constants[node.inputs[1]] for node in graph.nodes if node.layer == "stem")
+    assert kernel.format == IntegerFormat(bits=int(widths), signed=True, narrow=True)
+
+
+def test_a_width_that_is_still_learned_is_told_of():
+    quantizer = quantizer_of(MixedPrecision(bits=4), weights=False, signed=True)
+    variables = quantizer.init(jax.random.key(0), X)
+    variables = {**variables, "quantizer_params": {"step": jnp.float32(0.1), "x_max": jnp.float32(0.75)}}
+    with pytest.raises(UserError, match="still being learned.*freeze_widths_after"):
+        lower(lambda x: quantizer.apply(variables, x).value, X.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jax.nn.gelu(x) - jax.nn.silu(x) * jax.nn.sigmoid(x),
+        lambda x: jnp.clip(x, -0.5, 2.0) ** 3 + jnp.exp(-jnp.square(x)),
+        lambda x: x * jax.nn.sigmoid(jnp.mean(x, (1, 2)))[:, None, None, :],
+        lambda x: jnp.concatenate(jnp.split(x, 2, axis=-1)[::-1], axis=2),
+        lambda x: jnp.pad(x[:, ::2, 1:], ((0, 0), (1, 0), (0, 2), (3, 3))),
+        lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], 8, -1).max(-1),
+        lambda x: nn.avg_pool(x, (2, 2), (2, 2)) + nn.max_pool(x, (3, 3), (2, 2), "SAME"),
+        lambda x: jnp.round(x) + jnp.floor(x) * jnp.sign(x) / jnp.maximum(jnp.abs(x), 1),
+        lambda x: jax.nn.relu6(jnp.squeeze(x[:, :1], 1)) @ np.eye(8, 5, dtype=np.float32),
+        lambda x: jnp.where(True, x, 0.0) + jnp.arange(8.0) * jnp.ones((4, 1)),
+    ],
+)
+def test_plain_functions(function):
+    graph = lower(function, X.shape[1:])
+    np.testing.assert_allclose(run(graph, X), function(X), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: jnp.sort(x), "sort"),
+        (lambda x: x - jnp.mean(x, 0), "over the batch"),
+        (lambda x: x.reshape(-1), "mixes the batch"),
+        (lambda x: jnp.where(x > 0, x, 0.0), "gt"),
+        (lambda x: jnp.einsum("bhwc,bhwd->bcd", x, x), "kernel"),
+        (lambda x: jnp.ones((2, 3)), "does not depend on its input"),
+        (lambda x: (x, x), "2 results"),
+    ],
+)
+def test_what_a_graph_cannot_say_is_told(function, message):
+    with pytest.raises(UserError, match=message):
+        lower(function, X.shape[1:])
+
+
+def test_names_are_those_of_layers_and_nothing_is_there_twice(trained):
+    function, variables = trained("int4")
+    graph = lower(functools.partial(function, variables), SHAPE)
+    assert {"stem/conv", "norm1/add", "act2/activations/quantize"} <= {node.output for node in graph.nodes}
+    assert graph.constants["stem/kernel"].array.shape == (3, 3, 3, 8)
+    keys = [(node.operation, node.inputs, str(node.attributes)) for node in graph.nodes]
+    assert len(set(keys)) == len(keys)
+    used = {name for node in graph.nodes for name in node.inputs} | {graph.output}
+    assert used == {graph.input, *graph.constants, *(node.output for node in graph.nodes)}
+
+
+def test_a_float_network_has_no_formats():
+    model = nn.Dense(3)
+    variables = model.init(jax.random.key(0), X)
+    graph = lower(lambda x: model.apply(variables, x), X.shape[1:])
+    assert all(constant.format is None for constant in graph.constants.values())
+    assert Quantization() == POLICIES["float"]
