@@ -27,7 +27,7 @@ are explicit multiplications.
 
 `quantize` of an integer format is `clip(round(x / scale + zero_point), lowest, highest) - zero_point`, every
 step rounded to float32; of a bipolar one the nearest of -1 and +1, with +1 for 0. Of a minifloat format it is
-the nearest number of the format to `x / scale`; there is no zero point.
+the nearest number of the format to `x / scale`, without the third input.
 """
 
 import dataclasses

@@ -1,7 +1,5 @@
 """The operations of a graph as ONNX nodes; what quantizers do is left to the dialect."""
 
-import math
-
 import numpy as np
 
 from qflax.deploy.graph import Node
@@ -39,12 +37,12 @@ def _operands(values: Values, node: Node) -> list[str]:
 
 def _quantize(values: Values, node: Node) -> str:
     builder, fmt = values.builder, node.attributes["format"]
-    x, scale, zero_point = node.inputs
+    x, scale, *zero_point = node.inputs
     quantizer = Quantizer(
         format=fmt,
         rounding=node.attributes["rounding"],
         scale=_unless(1, values, scale, x),
-        zero_point=_unless(0, values, zero_point, x),
+        zero_point=_unless(0, values, zero_point[0], x) if zero_point else None,
         range=values.ranges.get(x),
     )
     tensor = values.operand(x)
@@ -130,10 +128,6 @@ def _sum_pool(values: Values, node: Node) -> str:
     (top, bottom), (left, right) = node.attributes["padding"]
     channels, whole = builder.shape(values.operand(x))[1], x in values.ranges
     ones, bit = np.ones((channels, 1, *window), np.float32), IntegerFormat(bits=1, signed=False)
-    if whole:
-        lowest, highest = values.ranges[x]
-        terms = math.prod(window)
-        values.ranges[node.output] = terms * min(lowest, 0), terms * max(highest, 0)
     return builder.add(
         "Conv",
         values.operand(x),
@@ -146,11 +140,7 @@ def _sum_pool(values: Values, node: Node) -> str:
 
 
 def _sum(values: Values, node: Node) -> str:
-    tensor, x, shape = _reduced("ReduceSum", values, node), node.inputs[0], values.builder.shape
-    if x in values.ranges:
-        terms = math.prod(shape(values.operand(x))) // math.prod(shape(tensor))
-        values.ranges[node.output] = tuple(terms * extreme for extreme in values.ranges[x])
-    return tensor
+    return _reduced("ReduceSum", values, node)
 
 
 def _max(values: Values, node: Node) -> str:

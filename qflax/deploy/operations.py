@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qflax.deploy.graph import Graph, Node
-from qflax.numerics import IntegerFormat, product, quotient
+from qflax.numerics import product, quotient
 
 
 def value_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
@@ -16,7 +16,8 @@ def value_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
     def run(x):
         values = {graph.input: x, **{name: jnp.asarray(c.array) for name, c in graph.constants.items()}}
         for node in graph.nodes:
-            values[node.output] = EXECUTE[node.operation](node, *(values[name] for name in node.inputs))
+            value = EXECUTE[node.operation](node, *(values[name] for name in node.inputs))
+            values[node.output] = value.astype(jnp.float32)
         return values
 
     values = jax.eval_shape(run, jax.ShapeDtypeStruct((1, *graph.shape), jnp.float32))
@@ -40,10 +41,9 @@ def _dense(node: Node, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x, kernel)
 
 
-def _quantize(node: Node, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+def _quantize(node: Node, x: jax.Array, *grid: jax.Array) -> jax.Array:
     fmt, rounding = node.attributes["format"], node.attributes["rounding"]
-    operands = (scale, zero_point) if isinstance(fmt, IntegerFormat) else (scale,)
-    return fmt.unscaled(x.astype(jnp.float32), *operands, rounding=rounding)
+    return fmt.unscaled(x.astype(jnp.float32), *grid, rounding=rounding)
 
 
 def _pool(node: Node, x: jax.Array) -> jax.Array:
@@ -61,6 +61,13 @@ def _slice(node: Node, x: jax.Array) -> jax.Array:
     return x[tuple(slice(*of) for of in zip(a["start"], a["stop"], a["step"], strict=True))]
 
 
+def _rescale(node: Node, *inputs: jax.Array) -> jax.Array:
+    a = node.attributes
+    pairs = zip(inputs, a["multipliers"], strict=True)
+    total = sum(x.astype(jnp.int64) * multiplier for x, multiplier in pairs) + a["offset"]
+    return jnp.clip(jnp.right_shift(total, a["shift"]), a["lowest"], a["highest"])
+
+
 def _plain(function):
     return lambda node, *inputs: function(*inputs)
 
@@ -69,6 +76,7 @@ SUMS = {"conv": _conv, "dense": _dense}
 EXECUTE = {
     **SUMS,
     "quantize": _quantize,
+    "rescale": _rescale,
     "max_pool": _pool,
     "sum_pool": _pool,
     "slice": _slice,

@@ -160,9 +160,8 @@ def _quantize_integer(call: Call) -> Value:
 
 def _quantize_minifloat(call: Call) -> Value:
     x, *scale = call.inputs
-    zero, one = (Known(np.float32(value), ()) for value in (0, 1))
     options = {"format": call.parameters["format"], "rounding": _rounding(call)}
-    return call.node("quantize", call.whole(x), *(scale or [one]), zero, **options)
+    return call.node("quantize", call.whole(x), *(scale or [Known(np.float32(1), ())]), **options)
 
 
 def _rounding(call: Call) -> str:

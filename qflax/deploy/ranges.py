@@ -46,10 +46,12 @@ def _range(node: Node, inputs: list[Range | None], graph: Graph, shapes: dict) -
     operation = node.operation
     if operation == "quantize":
         fmt = node.attributes["format"]
-        zero_point = graph.constants[node.inputs[2]].array if node.inputs[2] in graph.constants else None
-        if not isinstance(fmt, IntegerFormat) or zero_point is None:
+        if not isinstance(fmt, IntegerFormat) or node.inputs[2] not in graph.constants:
             return None
+        zero_point = graph.constants[node.inputs[2]].array
         return fmt.lowest - int(zero_point.max()), fmt.highest - int(zero_point.min())
+    if operation == "rescale":
+        return int(np.min(node.attributes["lowest"])), int(np.max(node.attributes["highest"]))
     if any(value is None for value in inputs):
         return None
     x = inputs[0]

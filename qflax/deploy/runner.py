@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from qflax.deploy.graph import Constant, Graph, Node
 from qflax.deploy.operations import EXECUTE, SUMS
 from qflax.deploy.ranges import integer_ranges
+from qflax.deploy.rescaling import integer_only
 from qflax.errors import choose, require
 from qflax.numerics import IntegerFormat
 
 ACCUMULATORS = ("exact", "wrap", "check")
+RESCALINGS = ("float", "integer")
 
 _EXACT_FLOAT = 2**24
 
@@ -29,7 +31,14 @@ class IntegerRunner:
       extremes: path of each integer layer -> least and largest sum so far.
     """
 
-    def __init__(self, graph: Graph, *, accumulators: str = "exact", bits: int | None = None):
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        accumulators: str = "exact",
+        bits: int | None = None,
+        rescaling: str = "float",
+    ):
         """Compiles at the first call.
 
         Args:
@@ -38,13 +47,17 @@ class IntegerRunner:
             accumulator of that width does; `check` raises where a partial sum could leave the width,
             whatever the order of additions.
           bits: width of all accumulators; None is what the weights were made for, else 32.
+          rescaling: `float`, as in training, or `integer`, by multipliers and shifts (`deploy.rescaling`),
+            for inputs of whole numbers from 0 to 255; few codes then differ by one.
 
         Raises:
-          UserError: unknown choice, or a width outside of 2 to 32.
+          UserError: unknown choice, a width outside of 2 to 32, or a graph that is not of integers.
         """
         choose("accumulators", accumulators, ACCUMULATORS)
+        choose("rescaling", rescaling, RESCALINGS)
         require(bits is None or 2 <= bits <= 32, f"bits={bits!r}: an accumulator has 2 to 32 bits")
-        self.graph = graph
+        self._wide = rescaling == "integer"
+        self.graph = graph = integer_only(graph) if self._wide else graph
         self.extremes: dict[str, tuple[int, int]] = {}
         self._widths = {
             node.output: bits or graph.constants[node.inputs[1]].accumulator_bits or 32
@@ -56,7 +69,8 @@ class IntegerRunner:
 
     def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
         """The output for float32 or uint8 [batch, *shape]; adds to `extremes`."""
-        y, extremes = self._run(jnp.asarray(x, jnp.float32))
+        with jax.enable_x64(self._wide or jax.config.jax_enable_x64):
+            y, extremes = self._run(jnp.asarray(x, jnp.float32))
         seen = jax.device_get(extremes)
         for node in (node for node in self.graph.nodes if node.output in seen):
             low, high = map(int, seen[node.output])
@@ -97,7 +111,7 @@ def execute(
             values[node.output] = total
         else:
             dtype = jnp.int32 if node.output in ranges else jnp.float32
-            if node.operation != "quantize":
+            if node.operation not in ("quantize", "rescale"):
                 inputs = [value.astype(dtype) for value in inputs]
             values[node.output] = EXECUTE[node.operation](node, *inputs).astype(dtype)
     return values, extremes

@@ -29,7 +29,9 @@ def simplified(graph: Graph) -> Graph:
         first[key] = node.output
         nodes.append(node)
     output = renamed.get(graph.output, graph.output)
-    return _named(dataclasses.replace(graph, nodes=_used(nodes, output), constants=constants, output=output))
+    return _named(
+        dataclasses.replace(graph, nodes=used_nodes(nodes, output), constants=constants, output=output)
+    )
 
 
 def _operands(graph: Graph) -> dict[str, Constant]:
@@ -67,7 +69,8 @@ def _passes_on(node: Node, constants: dict[str, Constant]) -> str | None:
     return None
 
 
-def _used(nodes: list[Node], output: str) -> tuple[Node, ...]:
+def used_nodes(nodes: list[Node], output: str) -> tuple[Node, ...]:
+    """Those that `output` depends on."""
     needed, kept = {output}, []
     for node in reversed(nodes):
         if node.output in needed:

@@ -61,7 +61,8 @@ class Net:
         return output
 
     def quantize(self, x, fmt, scale=1, zero_point=0, rounding="half_even", **options):
-        return self.add("quantize", x, scale, zero_point, format=fmt, rounding=rounding, **options)
+        grid = (scale, zero_point) if isinstance(fmt, IntegerFormat) else (scale,)
+        return self.add("quantize", x, *grid, format=fmt, rounding=rounding, **options)
 
     def conv(self, x, kernel, strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1), groups=1, layer=""):
         return self.add(
@@ -89,7 +90,7 @@ def execute(graph, x):
     return values[graph.output]
 
 
-def _quantize(x, scale, zero_point, format, rounding):
+def _quantize(x, scale, zero_point=0, *, format, rounding):
     u = x / scale
     if isinstance(format, MinifloatFormat):
         return nearest(format, u)

@@ -1,0 +1,150 @@
+"""Reads ONNX files with QONNX's quantizers, or with QuantizeLinear; NCHW becomes NHWC at the input."""
+
+import json
+import math
+import pathlib
+import typing
+
+import numpy as np
+
+from qflax.errors import UserError, require
+from qflax.verify.network import Builder, Network
+from qflax.verify.packed_attributes import MALFORMED, accumulator_bits
+from qflax.verify.probe import Probe
+from qflax.verify.qonnx_context import Context
+from qflax.verify.qonnx_operations import SUMS, TRANSLATIONS
+
+DOMAINS = ("", "ai.onnx", "qonnx.custom_op.general", "finn.custom_op.general", "onnx.brevitas")
+METADATA = "qflax"
+
+
+def read(path: pathlib.Path) -> Network:
+    """The network of an ONNX file; UserError if it is none, or has an operation that is not known."""
+    model = _model(path)
+    try:
+        return _network(path, model)
+    except MALFORMED as error:
+        raise UserError(f"{path}: {_line(error)}") from None
+
+
+def executor(path: pathlib.Path) -> str:
+    """The package that executes a file: onnxruntime what is plain ONNX, qonnx all else."""
+    import onnx
+
+    plain = all(node.domain in ("", "ai.onnx") for node in onnx.load(path).graph.node)
+    return "onnxruntime" if plain else "qonnx"
+
+
+def execute(path: pathlib.Path, x: np.ndarray) -> np.ndarray:
+    """Outputs of that package for x [examples, *network.shape], one example at a time.
+
+    Raises:
+      ImportError: if the package is not installed.
+    """
+    if executor(path) == "onnxruntime":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        name, x = session.get_inputs()[0].name, x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
+        return np.concatenate([session.run(None, {name: example[None]})[0] for example in x])
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    model = ModelWrapper(str(path)).transform(InferShapes())
+    name = _input(model.graph).name
+    if x.ndim == 4:
+        x = x.transpose(0, 3, 1, 2)
+    outputs = [execute_onnx(model, {name: example[None]}) for example in x]
+    return np.concatenate([output[model.graph.output[0].name] for output in outputs])
+
+
+def _model(path: pathlib.Path):
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise UserError(
+            f"{path}: is no packed network; for an ONNX file install the package onnx: pip install onnx"
+        ) from None
+    try:
+        model = onnx.load(path)
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise UserError(f"{path}: is neither a packed network nor an ONNX file: {_line(error)}") from None
+    require(
+        len(model.graph.node) > 0 and len(model.graph.output) == 1,
+        f"{path}: is neither a packed network nor an ONNX network with one output",
+    )
+    return model
+
+
+def _input(graph):
+    """The graph's input that is no initializer."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in initializers]
+    if len(inputs) != 1:
+        raise ValueError(f"the network has {len(inputs)} inputs; one is supported")
+    return inputs[0]
+
+
+def _network(path: pathlib.Path, model) -> Network:
+    from onnx import numpy_helper
+
+    value = _input(model.graph)
+    batch, *shape = (dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+    if not all(shape):
+        raise ValueError(f"the input {value.name!r} has no fixed shape: {shape}")
+    images = len(shape) == 3
+    builder = Builder([shape[1], shape[2], shape[0]] if images else shape, batch or 1)
+    first = builder.node("transpose", [0], "input", permutation=(0, 3, 1, 2)) if images else 0
+    values = {value.name: first}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    metadata = _metadata(model)
+    promises = {name: accumulator_bits(bits) for name, bits in metadata.get("accumulator_bits", {}).items()}
+    for node in model.graph.node:
+        promised = promises.pop(node.name, None) if node.op_type in SUMS else None
+        _translate(builder, values, arrays, node, promised)
+    if promises:
+        raise ValueError(
+            f"metadata: {min(promises)!r} has accumulator_bits, but is no convolution or product"
+        )
+    probe = Probe.from_json(metadata["probe"]) if metadata else None
+    network = builder.network(path, "QONNX", values[model.graph.output[0].name], probe)
+    if probe:
+        _check_metadata(network, metadata)
+    return network
+
+
+def _translate(
+    builder: Builder, values: dict[str, int], arrays: dict[str, np.ndarray], node, promised: int | None
+) -> None:
+    place = f"{node.op_type} {node.name or ', '.join(node.output)!r}"
+    if node.domain not in DOMAINS or node.op_type not in TRANSLATIONS:
+        raise ValueError(f"{place}: operation of domain {node.domain!r} that is not known")
+    try:
+        result = TRANSLATIONS[node.op_type](Context(builder, values, arrays, node, promised))
+    except MALFORMED as error:
+        raise ValueError(f"{place}: {_line(error)}") from None
+    if result is not None:
+        values[node.output[0]] = result
+
+
+def _metadata(model) -> dict[str, typing.Any]:
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = json.loads(texts[METADATA]) if METADATA in texts else {}
+    if not isinstance(metadata, dict) or METADATA in texts and "probe" not in metadata:
+        raise ValueError(f"metadata {METADATA!r}: there is no probe")
+    return metadata
+
+
+def _check_metadata(network: Network, metadata: dict[str, typing.Any]) -> None:
+    if list(network.shape) != metadata["shape"]:
+        raise ValueError(f"metadata: shape {metadata['shape']}; the input has {list(network.shape)}")
+    size = math.prod(network.shapes[network.output][1:])
+    if network.probe.outputs.shape[1] != size or network.probe.sums:
+        raise ValueError(f"metadata: probe: {network.probe.outputs.shape[1]} outputs; the network has {size}")
+
+
+def _line(error: Exception) -> str:
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split())

@@ -1,0 +1,130 @@
+"""What translations of ONNX nodes work with."""
+
+import typing
+from collections.abc import Sequence
+
+import numpy as np
+
+from qflax.verify.formats import IntegerFormat
+from qflax.verify.network import Builder
+
+_ROUNDINGS = {
+    **dict.fromkeys(("ROUND", "HALF_EVEN"), "half_even"),
+    **dict.fromkeys(("ROUND_TO_ZERO", "DOWN"), "toward_zero"),
+    "CEIL": "ceil",
+    "FLOOR": "floor",
+}
+
+
+class Context:
+    """An ONNX node that is being translated, and the network so far.
+
+    Attributes:
+      builder: of the network.
+      values: name -> number, of what depends on the input, or was used as an operand.
+      arrays: name -> array of its own dtype, of initializers and Constants.
+      inputs: names; "" of an optional one that is left out.
+      output: name.
+      attributes: by name.
+      layer: name of the node for people.
+      promised: accumulator bits, or None.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        values: dict[str, int],
+        arrays: dict[str, np.ndarray],
+        node,
+        promised: int | None = None,
+    ):
+        from onnx import helper
+
+        self.builder, self.values, self.arrays, self.promised = builder, values, arrays, promised
+        self.inputs, self.output, self.layer = list(node.input), node.output[0], node.name or node.output[0]
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+    def attribute(self, name: str, default: typing.Any = None) -> typing.Any:
+        """Of the node; text as str."""
+        value = self.attributes.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
+
+    def has(self, index: int) -> bool:
+        """Whether the optional input is there."""
+        return index < len(self.inputs) and self.inputs[index] != ""
+
+    def value(self, index: int) -> int:
+        """Number of an input."""
+        name = self.inputs[index]
+        if name not in self.values:
+            self.values[name] = self.constant(self.arrays[name])
+        return self.values[name]
+
+    def array(self, index: int) -> np.ndarray:
+        """An input that must be constant."""
+        name = self.inputs[index]
+        if name in self.arrays:
+            return self.arrays[name]
+        if self.values[name] not in self.builder.fixed:
+            raise ValueError(f"{name!r} must be constant")
+        return self.builder.fixed[self.values[name]]
+
+    def integers(self, name: str, index: int) -> list[int] | None:
+        """From an input, in older versions of ONNX from an attribute; None without."""
+        if self.has(index):
+            return self.array(index).astype(np.int64).ravel().tolist()
+        values = self.attribute(name)
+        return None if values is None else list(values)
+
+    def constant(self, array: np.ndarray) -> int:
+        """Number of a new constant; stored integers have the format of their type."""
+        array, fmt = np.asarray(array), None
+        if array.dtype.kind in "iu":
+            fmt = integer_type(array.dtype)
+        return self.builder.constant(array, fmt)
+
+    def node(self, operation: str, *inputs: int, **attributes: typing.Any) -> int:
+        """Number of a new node's output."""
+        return self.builder.node(operation, inputs, self.layer, **attributes)
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Of a value."""
+        return self.builder.shape_of(number)
+
+    def reshaped(self, x: int, shape: Sequence[int]) -> int:
+        """A value of another shape; the batch must stay in front, unless it is a constant."""
+        if x in self.builder.fixed:
+            return self.node("reshape", x, shape=tuple(shape))
+        if shape[0] != self.builder.batch or self.shape(x)[0] != self.builder.batch:
+            raise ValueError(f"moves the batch: {list(self.shape(x))} to {list(shape)}")
+        return self.node("reshape", x, shape=(-1, *shape[1:]))
+
+    def unary(self, operation: str) -> int:
+        """The operation of the first input."""
+        return self.node(operation, self.value(0))
+
+    def variadic(self, operation: str) -> int:
+        """The operation of two inputs, then with the next."""
+        y = self.value(0)
+        for i in range(1, len(self.inputs)):
+            y = self.node(operation, y, self.value(i))
+        return y
+
+    def scaled(self, x: int, scale: int) -> int:
+        """`x` times a scale, unless that is 1."""
+        array = self.builder.fixed.get(scale)
+        return x if array is not None and (array == 1).all() else self.node("multiply", x, scale)
+
+    def rounding(self, default: str) -> str:
+        """Rounding mode of a quantizer."""
+        mode = self.attribute("rounding_mode", default).upper()
+        if mode not in _ROUNDINGS:
+            raise ValueError(f"rounding_mode {mode!r} is not known; choices: {', '.join(_ROUNDINGS)}")
+        return _ROUNDINGS[mode]
+
+
+def integer_type(dtype: np.dtype) -> IntegerFormat | None:
+    """Format of a stored type; None for those of more than 32 bits."""
+    bits = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2}.get(dtype.name, 8 * dtype.itemsize)
+    signed = not dtype.name.startswith("u")
+    return IntegerFormat.of(bits, signed=signed, narrow=False) if bits <= 32 else None

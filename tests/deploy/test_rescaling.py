@@ -1,0 +1,68 @@
+"""Integer-only networks: no floats between the pixels and the last scale, and nearly all codes the same."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from networks import SHAPE, images
+
+from qflax.deploy.lowering import lower
+from qflax.deploy.ranges import integer_ranges
+from qflax.deploy.rescaling import integer_only
+from qflax.deploy.runner import IntegerRunner, execute
+from qflax.errors import UserError
+
+X = images(50, seed=4)
+INTEGER_ONLY = ("int4", "per channel", "zero points", "mixed", "a2q+")
+
+
+def lowered(trained, name):
+    function, variables = trained(name)
+    return lower(functools.partial(function, variables), SHAPE)
+
+
+@pytest.mark.parametrize("name", INTEGER_ONLY)
+def test_codes_are_the_same_but_for_roundings(trained, name):
+    graph = lowered(trained, name)
+    only = integer_only(graph)
+    quantizers = [node.output for node in graph.nodes if node.operation == "quantize"]
+    expected = jax.jit(lambda x: execute(graph, x)[0])(X)
+    with jax.enable_x64(True):
+        values = jax.jit(lambda x: execute(only, x)[0])(X)
+    different = [np.asarray(values[q]) != np.asarray(expected[q]) for q in quantizers]
+    # Rounding half up instead of to even, and multipliers of 31 bits.
+    assert sum(d.sum() for d in different) <= 1e-3 * sum(d.size for d in different)
+    for q in quantizers[:2]:
+        assert np.max(np.abs(np.asarray(values[q]) - np.asarray(expected[q]))) <= 1
+
+
+@pytest.mark.parametrize("name", INTEGER_ONLY)
+def test_nothing_but_the_last_scale_is_a_float(trained, name):
+    only = integer_only(lowered(trained, name))
+    assert not [node for node in only.nodes if node.operation == "quantize"]
+    with jax.enable_x64(True):
+        ranges = integer_ranges(only)
+    floats = [node for node in only.nodes if node.output not in ranges]
+    assert {node.layer for node in floats} <= {"classifier", ""} and len(floats) <= 2
+
+
+def test_the_runner_takes_it_as_an_option(trained):
+    graph = lowered(trained, "int4")
+    run = IntegerRunner(graph, rescaling="integer")
+    expected = np.asarray(IntegerRunner(graph)(X))
+    np.testing.assert_allclose(run(X.astype(np.uint8)), expected, atol=0.1 * np.abs(expected).max())
+    assert np.mean(np.argmax(run(X), 1) == np.argmax(expected, 1)) > 0.9
+    assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize("name", ["e4m3", "float"])
+def test_minifloats_and_floats_are_told_of(trained, name):
+    graph = lowered(trained, name)
+    if name == "float":
+        assert IntegerRunner(graph, rescaling="integer")(X).shape == (50, 4)
+    else:
+        with pytest.raises(UserError, match="rescaling='integer' needs sums of scaled integers"):
+            IntegerRunner(graph, rescaling="integer")
+    with pytest.raises(UserError, match="rescaling='fixed'"):
+        IntegerRunner(graph, rescaling="fixed")
