@@ -3,7 +3,7 @@
 python train.py --config=configs/resnet18_w4a4_a2q_16b_cifar10.py \\
     --config.init_from=runs/resnet18_float_cifar10
 
-Stem and classifier have 8-bit weights; the stem reads images of 8 bits and its accumulator is not bounded. The
+Stem and classifier have 8-bit weights; the stem reads 8-bit images and its accumulator is not bounded. The
 average pool keeps 8 bits, and the classifier's bias is an integer of 32 bits on its accumulator's grid. The
 float network is the teacher, too. Not measured yet.
 """

@@ -213,7 +213,7 @@ def _export(options: argparse.Namespace) -> None:
     from qflax import runtime
 
     runtime.configure()
-    from qflax.deploy.export import export
+    from qflax.deploy.exporting import export
     from qflax.deploy.table import layer_table
     from qflax.training.workdir import serving
 

@@ -13,8 +13,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("last", range(len(BLOCKS)), ids=lambda last: BLOCKS[last].splitlines()[0])
-def test_example_runs(last):
+def test_example_runs(last, tmp_path, monkeypatch):
     """After those above it, as a reader would run them."""
+    monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     for block in BLOCKS[: last + 1]:
         exec(compile(block, "README.md", "exec"), names)
@@ -26,4 +27,4 @@ def test_example_runs(last):
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from networks import INTEGER, POLICIES, SHAPE, images
 
-from qflax.deploy.export import is_exact
+from qflax.deploy.exporting import is_exact
 from qflax.deploy.lowering import lower
 from qflax.deploy.ranges import integer_ranges
 from qflax.deploy.runner import execute

@@ -1,5 +1,6 @@
 """What is exported is proved by the verifier, and what was tampered with is not."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from networks import INTEGER, LAYERS, POLICIES, SHAPE, images
 
-from qflax.deploy.export import export
+from qflax.deploy import packed
+from qflax.deploy.exporting import export
 from qflax.verify import load, run, verify
 
 ONNX = ("qonnx", "qcdq")
@@ -43,3 +45,77 @@ def test_the_verifier_s_executor_gives_the_same_bits(tmp_path, trained, format):
     export(function, variables, SHAPE, tmp_path / "file", format=format)
     expected = functools.partial(function, variables)(images(10))
     np.testing.assert_array_equal(run(load(tmp_path / "file"), images(10)), expected)
+
+
+def tampered(file, change):
+    """The same packed file with another graph."""
+    graph = packed.load(file)
+    other = file.with_name("tampered")
+    packed.save(change(graph), other)
+    return verify(other)
+
+
+def with_constant(graph, name, change):
+    """A graph with one constant changed."""
+    constant = graph.constants[name]
+    array = change(constant.array.copy())
+    return dataclasses.replace(
+        graph, constants={**graph.constants, name: dataclasses.replace(constant, array=array)}
+    )
+
+
+def kernel_of(graph, layer):
+    return next(n.inputs[1] for n in graph.nodes if n.layer == layer and n.operation in ("conv", "dense"))
+
+
+def test_a_code_past_the_bound_does_not_hold(tmp_path, trained):
+    """12 bits hold 15 times inputs of 8 bits, not 17 times."""
+    function, variables = trained("a2q+")
+    export(function, variables, SHAPE, tmp_path / "file", format="packed")
+
+    def raised(norm):
+        def change(codes):
+            channel = codes.reshape(-1, codes.shape[-1])[:, 0]  # A view.
+            while np.abs(channel).sum() < norm:
+                channel[np.flatnonzero((0 <= channel) & (channel < 7))[0]] += 1
+            return codes
+
+        return lambda graph: with_constant(graph, kernel_of(graph, "stem"), change)
+
+    assert [layer.holds for layer in tampered(tmp_path / "file", raised(15)).layers] == [True] * 5
+    report = tampered(tmp_path / "file", raised(17))
+    assert not report.ok
+    assert [layer.layer for layer in report.layers if not layer.holds] == ["stem"]
+
+
+def test_raw_weights_rounded_instead_of_truncated_do_not_hold(tmp_path, trained):
+    function, variables = trained("a2q+")
+    export(function, variables, SHAPE, tmp_path / "file", format="packed")
+
+    def rounded(graph):
+        for layer in LAYERS:
+            kernel = np.asarray(variables["params"][layer]["kernel"])
+            scale = np.exp2(variables["quantizer_params"][layer]["weights"]["log2_scale"])
+            codes = np.clip(np.round(kernel / scale), -7, 7).astype(np.float32)
+            graph = with_constant(graph, kernel_of(graph, layer), lambda _, codes=codes: codes)
+        return graph
+
+    report = tampered(tmp_path / "file", rounded)
+    assert not report.ok
+    assert {"stem", "hidden"} <= {layer.layer for layer in report.layers if not layer.holds}
+
+
+@pytest.mark.parametrize("what", ["scale", "zero point"])
+def test_a_wrong_scale_and_a_missing_zero_point_are_found(tmp_path, trained, what):
+    function, variables = trained("zero points")
+    export(function, variables, SHAPE, tmp_path / "file", format="packed")
+
+    def change(graph):
+        quantizers = [node for node in graph.nodes if node.operation == "quantize"]
+        node = next(node for node in quantizers if graph.constants[node.inputs[2]].array != 0)
+        if what == "scale":
+            return with_constant(graph, node.inputs[1], lambda scale: scale * np.float32(1.01))
+        return with_constant(graph, node.inputs[2], np.zeros_like)
+
+    report = tampered(tmp_path / "file", change)
+    assert not report.ok and "input" in " ".join(report.failures)

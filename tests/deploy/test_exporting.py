@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from networks import SHAPE, images
 
-from qflax.deploy import export as export_lib
-from qflax.deploy import packed
-from qflax.deploy.export import export
+from qflax.deploy import exporting, packed
+from qflax.deploy.exporting import export
 from qflax.deploy.probe import probe_input
 from qflax.deploy.runner import IntegerRunner
 from qflax.deploy.table import layer_table
@@ -55,7 +54,7 @@ def test_nothing_is_written_over_or_wrongly(tmp_path, trained, monkeypatch):
         export(function, variables, SHAPE, tmp_path / "none" / "file", format="packed")
     with pytest.raises(UserError, match="format='onnx'.*packed, qonnx, qcdq, stablehlo"):
         export(function, variables, SHAPE, tmp_path / "new", format="onnx")
-    monkeypatch.setattr(export_lib, "lower", lambda *_: _lowered_wrongly(function, variables))
+    monkeypatch.setattr(exporting, "lower", lambda *_: _lowered_wrongly(function, variables))
     with pytest.raises(UserError, match="not written: on the probe its outputs would differ"):
         export(function, variables, SHAPE, tmp_path / "new", format="packed")
     assert file.read_text() == "mine" and not (tmp_path / "new").exists()
