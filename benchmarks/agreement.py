@@ -39,8 +39,9 @@ def trained_codes(workdir: pathlib.Path, images: np.ndarray) -> dict[str, list[n
 
     def run(variables, images):
         x = normalize(images, tuple(config.mean), tuple(config.std))
-        filtered = {"capture_intermediates": lambda module, _: module.name in wanted}
-        return model.apply(variables, x, train=False, mutable=["intermediates"], **filtered)[1]
+        called = lambda module, method: module.name in wanted and method == "__call__"  # noqa: E731
+        options = {"capture_intermediates": called, "mutable": ["intermediates"]}
+        return model.apply(variables, x, train=False, **options)[1]
 
     tree = jax.jit(run)(state.served, images)["intermediates"]
     is_leaf = lambda x: isinstance(x, QuantizedArray)  # noqa: E731

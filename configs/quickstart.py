@@ -22,6 +22,7 @@ def get_config():
     config.augmentation.flip = False
     config.weights = default.mixed_precision(bits=4)
     config.activations = default.mixed_precision(bits=6)
+    config.rules = (default.integer_input(),)
     config.size_targets.weight_kib = 28.0
     config.size_targets.activation_kib_sum = 24.0
     config.size_ramp = (0.25, 0.5)

@@ -48,6 +48,17 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
     assert f"test accuracy {accuracy} " in evaluated.stdout
     table = [line.split() for line in evaluated.stdout.splitlines()]
     assert next(row for row in table if row[:1] == ["conv_init"])[:3] == ["conv_init", "432", "3"]
+    file = tmp_path / "packed"
+    exported = call("-m", "qflax", "export", str(workdir), f"--output={file}")
+    assert exported.returncode == 0, exported.stderr
+    assert "logits equal to the trained network's" in exported.stdout
+    verified = call("-m", "qflax", "verify", str(file), "--data=digits")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert accuracy in verified.stdout
+    again = call("-m", "qflax", "export", str(workdir), f"--output={file}")
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "is there already" in again.stderr
+    file.write_bytes(file.read_bytes()[:-100])
+    assert call("-m", "qflax", "verify", str(file)).returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qflax.errors import UserError
-from qflax.numerics import quotient
+from qflax.numerics import product, quotient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,8 @@ def augment(
     pixel_weight, label_weight = jax.vmap(lambda key: _mixing(key, height, width, spec))(keys[:, 2])
     pixel_weight, label_weight = pixel_weight[..., None], label_weight[:, None]
     return (
-        pixel_weight * images + (1 - pixel_weight) * partner_images,
-        label_weight * probs + (1 - label_weight) * partner_probs,
+        product(images, pixel_weight) + product(partner_images, 1 - pixel_weight),
+        product(probs, label_weight) + product(partner_probs, 1 - label_weight),
     )
 
 

@@ -1,13 +1,11 @@
 """The graph of a function computes what the function does, bit for bit where sums are of integers."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import INTEGER, POLICIES, SHAPE, images
+from networks import INTEGER, POLICIES, images
 
 from qflax.deploy.exporting import is_exact
 from qflax.deploy.lowering import lower
@@ -25,9 +23,8 @@ def run(graph, x):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_quantizer_gives_the_same_bits(trained, name):
-    function, variables = trained(name)
-    graph, x = lower(functools.partial(function, variables), SHAPE), images(40)
+def test_every_quantizer_gives_the_same_bits(trained, lowered, name):
+    (function, variables), graph, x = trained(name), lowered(name), images(40)
     expected, got = np.asarray(jax.jit(function)(variables, x)), run(graph, x)
     assert is_exact(graph) == (name in INTEGER)
     if name == "float":
@@ -38,9 +35,8 @@ def test_every_quantizer_gives_the_same_bits(trained, name):
 
 
 @pytest.mark.parametrize("name", INTEGER)
-def test_all_sums_of_integer_networks_are_integers(trained, name):
-    function, variables = trained(name)
-    graph = lower(functools.partial(function, variables), SHAPE)
+def test_all_sums_of_integer_networks_are_integers(lowered, name):
+    graph = lowered(name)
     ranges = integer_ranges(graph)
     values = jax.jit(lambda x: execute(graph, x)[0])(images(20, seed=1))
     kernels = [node for node in graph.nodes if node.operation in ("conv", "dense")]
@@ -52,16 +48,14 @@ def test_all_sums_of_integer_networks_are_integers(trained, name):
         assert isinstance(graph.constants[node.inputs[1]].format, IntegerFormat)
 
 
-def test_accumulator_promises_are_on_the_weights(trained):
-    function, variables = trained("a2q+")
-    graph = lower(functools.partial(function, variables), SHAPE)
+def test_accumulator_promises_are_on_the_weights(lowered):
+    graph = lowered("a2q+")
     kernels = [graph.constants[node.inputs[1]] for node in graph.nodes if node.operation in ("conv", "dense")]
     assert [kernel.accumulator_bits for kernel in kernels] == [12] * 5
 
 
-def test_learned_widths_are_in_the_formats(trained):
-    function, variables = trained("mixed")
-    graph = lower(functools.partial(function, variables), SHAPE)
+def test_learned_widths_are_in_the_formats(trained, lowered):
+    variables, graph = trained("mixed")[1], lowered("mixed")
     widths = variables["quantizer_stats"]["stem"]["weights"]["bits"]
     kernel = next(graph.constants[node.inputs[1]] for node in graph.nodes if node.layer == "stem")
     assert kernel.format == IntegerFormat(bits=int(widths), signed=True, narrow=True)
@@ -112,9 +106,8 @@ def test_what_a_graph_cannot_say_is_told(function, message):
         lower(function, X.shape[1:])
 
 
-def test_names_are_those_of_layers_and_nothing_is_there_twice(trained):
-    function, variables = trained("int4")
-    graph = lower(functools.partial(function, variables), SHAPE)
+def test_names_are_those_of_layers_and_nothing_is_there_twice(lowered):
+    graph = lowered("int4")
     assert {"stem/conv", "norm1/add", "act2/activations/quantize"} <= {node.output for node in graph.nodes}
     assert graph.constants["stem/kernel"].array.shape == (3, 3, 3, 8)
     keys = [(node.operation, node.inputs, str(node.attributes)) for node in graph.nodes]

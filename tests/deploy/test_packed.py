@@ -1,17 +1,15 @@
 """Packed files: what is written is read, in as many bits as the formats have; damage is one line."""
 
 import dataclasses
-import functools
 import json
 import zipfile
 
 import numpy as np
 import pytest
-from networks import POLICIES, SHAPE
+from networks import POLICIES
 
 from qflax.deploy import packed
 from qflax.deploy.graph import Constant, Graph, Node
-from qflax.deploy.lowering import lower
 from qflax.errors import UserError
 from qflax.numerics import IntegerFormat, MinifloatFormat
 
@@ -61,10 +59,8 @@ def test_numbers_come_back_and_take_the_format_s_bits(tmp_path, fmt):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_networks_come_back(tmp_path, trained, name):
-    function, variables = trained(name)
-    graph = lower(functools.partial(function, variables), SHAPE)
-    graph = dataclasses.replace(graph, metadata={"dataset": "none"})
+def test_networks_come_back(tmp_path, lowered, name):
+    graph = dataclasses.replace(lowered(name), metadata={"dataset": "none"})
     packed.save(graph, tmp_path / "file")
     read = packed.load(tmp_path / "file")
     assert (read.shape, read.metadata) == (graph.shape, graph.metadata)

@@ -1,13 +1,10 @@
 """Integer-only networks: no floats between the pixels and the last scale, and nearly all codes the same."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
-from networks import SHAPE, images
+from networks import images
 
-from qflax.deploy.lowering import lower
 from qflax.deploy.ranges import integer_ranges
 from qflax.deploy.rescaling import integer_only
 from qflax.deploy.runner import IntegerRunner, execute
@@ -17,14 +14,9 @@ X = images(50, seed=4)
 INTEGER_ONLY = ("int4", "per channel", "zero points", "mixed", "a2q+")
 
 
-def lowered(trained, name):
-    function, variables = trained(name)
-    return lower(functools.partial(function, variables), SHAPE)
-
-
 @pytest.mark.parametrize("name", INTEGER_ONLY)
-def test_codes_are_the_same_but_for_roundings(trained, name):
-    graph = lowered(trained, name)
+def test_codes_are_the_same_but_for_roundings(lowered, name):
+    graph = lowered(name)
     only = integer_only(graph)
     quantizers = [node.output for node in graph.nodes if node.operation == "quantize"]
     expected = jax.jit(lambda x: execute(graph, x)[0])(X)
@@ -38,8 +30,8 @@ def test_codes_are_the_same_but_for_roundings(trained, name):
 
 
 @pytest.mark.parametrize("name", INTEGER_ONLY)
-def test_nothing_but_the_last_scale_is_a_float(trained, name):
-    only = integer_only(lowered(trained, name))
+def test_nothing_but_the_last_scale_is_a_float(lowered, name):
+    only = integer_only(lowered(name))
     assert not [node for node in only.nodes if node.operation == "quantize"]
     with jax.enable_x64(True):
         ranges = integer_ranges(only)
@@ -47,8 +39,8 @@ def test_nothing_but_the_last_scale_is_a_float(trained, name):
     assert {node.layer for node in floats} <= {"classifier", ""} and len(floats) <= 2
 
 
-def test_the_runner_takes_it_as_an_option(trained):
-    graph = lowered(trained, "int4")
+def test_the_runner_takes_it_as_an_option(lowered):
+    graph = lowered("int4")
     run = IntegerRunner(graph, rescaling="integer")
     expected = np.asarray(IntegerRunner(graph)(X))
     np.testing.assert_allclose(run(X.astype(np.uint8)), expected, atol=0.1 * np.abs(expected).max())
@@ -57,8 +49,8 @@ def test_the_runner_takes_it_as_an_option(trained):
 
 
 @pytest.mark.parametrize("name", ["e4m3", "float"])
-def test_minifloats_and_floats_are_told_of(trained, name):
-    graph = lowered(trained, name)
+def test_minifloats_and_floats_are_told_of(lowered, name):
+    graph = lowered(name)
     if name == "float":
         assert IntegerRunner(graph, rescaling="integer")(X).shape == (50, 4)
     else:

@@ -1,14 +1,11 @@
 """The integer runner: int32 sums, accumulators that wrap or are checked."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
-from networks import INTEGER, LAYERS, SHAPE, images
+from networks import INTEGER, LAYERS, images
 
 from qflax.deploy import runner as runner_lib
-from qflax.deploy.lowering import lower
 from qflax.deploy.ranges import integer_ranges
 from qflax.deploy.runner import IntegerRunner
 from qflax.errors import UserError
@@ -16,22 +13,28 @@ from qflax.errors import UserError
 X = images(30, seed=3)
 
 
-def lowered(trained, name):
-    function, variables = trained(name)
-    return lower(functools.partial(function, variables), SHAPE), np.asarray(jax.jit(function)(variables, X))
+@pytest.fixture
+def network(trained, lowered):
+    """Name of a policy -> graph, and what the trained network gives for `X`."""
+
+    def get(name):
+        function, variables = trained(name)
+        return lowered(name), np.asarray(jax.jit(function)(variables, X))
+
+    return get
 
 
 @pytest.mark.parametrize("name", INTEGER)
-def test_integer_units_and_float_units_agree(trained, name, monkeypatch):
-    graph, expected = lowered(trained, name)
+def test_integer_units_and_float_units_agree(network, name, monkeypatch):
+    graph, expected = network(name)
     np.testing.assert_array_equal(IntegerRunner(graph)(X), expected)
     monkeypatch.setattr(runner_lib, "_EXACT_FLOAT", 0)
     integers = IntegerRunner(graph)
     np.testing.assert_array_equal(integers(X.astype(np.uint8)), expected)
 
 
-def test_extremes_are_within_the_bounds_and_grow(trained):
-    graph, _ = lowered(trained, "int4")
+def test_extremes_are_within_the_bounds_and_grow(network):
+    graph, _ = network("int4")
     run, ranges = IntegerRunner(graph), integer_ranges(graph)
     run(X[:2])
     first = dict(run.extremes)
@@ -45,11 +48,11 @@ def test_extremes_are_within_the_bounds_and_grow(trained):
     assert run.extremes != first
 
 
-def test_promised_accumulators_wrap_to_the_same_bits_and_others_break(trained):
-    graph, expected = lowered(trained, "a2q+")
+def test_promised_accumulators_wrap_to_the_same_bits_and_others_break(network):
+    graph, expected = network("a2q+")
     np.testing.assert_array_equal(IntegerRunner(graph, accumulators="wrap")(X), expected)
     np.testing.assert_array_equal(IntegerRunner(graph, accumulators="check")(X), expected)
-    graph, expected = lowered(trained, "int4")
+    graph, expected = network("int4")
     np.testing.assert_array_equal(IntegerRunner(graph, accumulators="wrap")(X), expected)
     wrapped = IntegerRunner(graph, accumulators="wrap", bits=9)
     assert np.mean(np.argmax(wrapped(X), 1) != np.argmax(expected, 1)) > 0.3
@@ -57,8 +60,8 @@ def test_promised_accumulators_wrap_to_the_same_bits_and_others_break(trained):
         IntegerRunner(graph, accumulators="check", bits=9)(X)
 
 
-def test_check_is_of_partial_sums_in_the_worst_order(trained):
-    graph, _ = lowered(trained, "int4")
+def test_check_is_of_partial_sums_in_the_worst_order(network):
+    graph, _ = network("int4")
     exact, check = IntegerRunner(graph), IntegerRunner(graph, accumulators="check")
     exact(X), check(X)
     for layer, (low, high) in exact.extremes.items():
@@ -67,8 +70,8 @@ def test_check_is_of_partial_sums_in_the_worst_order(trained):
     assert check.extremes["stem"] != exact.extremes["stem"]
 
 
-def test_wrong_choices_are_told(trained):
-    graph, _ = lowered(trained, "int4")
+def test_wrong_choices_are_told(network):
+    graph, _ = network("int4")
     with pytest.raises(UserError, match="accumulators='saturate'"):
         IntegerRunner(graph, accumulators="saturate")
     with pytest.raises(UserError, match="bits=40: an accumulator has 2 to 32 bits"):

@@ -77,7 +77,7 @@ def test_a_code_past_the_bound_does_not_hold(tmp_path, trained):
         def change(codes):
             channel = codes.reshape(-1, codes.shape[-1])[:, 0]  # A view.
             while np.abs(channel).sum() < norm:
-                channel[np.flatnonzero((0 <= channel) & (channel < 7))[0]] += 1
+                channel[np.flatnonzero((channel >= 0) & (channel < 7))[0]] += 1
             return codes
 
         return lambda graph: with_constant(graph, kernel_of(graph, "stem"), change)
