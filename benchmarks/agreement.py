@@ -53,18 +53,15 @@ def trained_codes(workdir: pathlib.Path, images: np.ndarray) -> dict[str, list[n
     return found
 
 
-def graph_codes(graph, images: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """The same of a graph, executed."""
+def graph_codes(graph, images: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The same of a graph, executed: layers and codes, in order."""
     import jax
 
     from qflax.deploy.runner import execute
 
     values = jax.jit(lambda x: execute(graph, x)[0])(images)
-    found = collections.defaultdict(list)
-    for node in graph.nodes:
-        if node.operation == "quantize":
-            found[node.layer].append(np.asarray(values[node.output], np.float32))
-    return found
+    nodes = [node for node in graph.nodes if node.operation == "quantize"]
+    return [(node.layer, np.asarray(values[node.output], np.float32)) for node in nodes]
 
 
 def qonnx_codes(wrapper, images: np.ndarray) -> list[np.ndarray]:
@@ -90,7 +87,6 @@ def nchw(images: np.ndarray) -> np.ndarray:
 def executors(graph, folder: pathlib.Path, wrap: int | None) -> dict:
     """Name -> function of images to logits."""
     from qflax.deploy import packed
-    from qflax.deploy.onnx_model import to_model  # noqa: F401
     from qflax.deploy.qcdq import to_qcdq
     from qflax.deploy.qonnx import to_qonnx
     from qflax.deploy.runner import IntegerRunner
@@ -158,35 +154,29 @@ def measure(workdir: pathlib.Path, options: argparse.Namespace) -> dict:
             }
             if name == "runner":
                 row["codes_differ"] = count_differences(codes, own)
-                row["codes"] = sum(x.size for values in own.values() for x in values)
+                row["codes"] = sum(codes.size for _, codes in own)
             if name == "qonnx":
                 row["codes_differ"] = 0
                 for start in range(0, len(few), BATCH):
                     part = few[start : start + BATCH]
-                    flat = [x for values in graph_in_order(graph, part) for x in [values]]
-                    row["codes_differ"] += sum(
-                        int(np.sum(a != b)) for a, b in zip(flat, qonnx_codes(run.wrapper, part), strict=True)
-                    )
+                    pairs = zip(graph_codes(graph, part), qonnx_codes(run.wrapper, part), strict=True)
+                    row["codes_differ"] += sum(int(np.sum(a != b)) for (_, a), b in pairs)
             result["executors"][name] = row
             print(f"{workdir.name:40}{name:45}{row}", flush=True)
     return result
 
 
-def graph_in_order(graph, images: np.ndarray) -> list[np.ndarray]:
-    """Outputs of a graph's quantize nodes, in order."""
-    import jax
-
-    from qflax.deploy.runner import execute
-
-    values = jax.jit(lambda x: execute(graph, x)[0])(images)
-    return [np.asarray(values[n.output], np.float32) for n in graph.nodes if n.operation == "quantize"]
-
-
-def count_differences(a: dict, b: dict) -> int:
-    """Elements that differ between two sets of codes."""
-    if a.keys() != b.keys():
-        raise SystemExit(f"other quantizers: {sorted(a.keys() ^ b.keys())}")
-    return sum(int(np.sum(x != y)) for path in a for x, y in zip(a[path], b[path], strict=True))
+def count_differences(trained: dict[str, list[np.ndarray]], graph: list[tuple[str, np.ndarray]]) -> int:
+    """Elements that differ between the trained network's codes and a graph's."""
+    calls = {layer: iter(codes) for layer, codes in trained.items()}
+    if sum(map(len, trained.values())) != len(graph):
+        raise SystemExit(f"{len(graph)} quantizers in the graph: {sorted(calls)}")
+    differences = 0
+    for layer, codes in graph:
+        # A layer that is called from within another has that one's path before its own.
+        own = max((path for path in calls if f"/{layer}".endswith(f"/{path}")), key=len)
+        differences += int(np.sum(next(calls[own]) != codes))
+    return differences
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ python train.py --config=configs/resnet20_int4_cifar10.py --workdir=runs/int4 --
 qflax calibrate runs/fp32 --config=configs/resnet20_int4_cifar10.py --workdir=runs/int4_ptq
 
 Measured so far, shortened: 88.11 % after 4 epochs from a float network at 88.64 %, 7.5 minutes on two CPU
-cores; 87.99 % without training. The commands are in docs/results.md.
+cores; 88.07 % without training. The commands are in docs/results.md.
 """
 
 from configs import default

@@ -22,7 +22,7 @@ def _tiny_config():
     default = importlib.import_module("configs.default")
     config.weights = default.uniform(bits=4, scale="lsq", granularity="per_channel", statistic="mse")
     config.activations = default.uniform(bits=4, scale="lsq", statistic="mse")
-    for name in ("size_targets", "size_ramp", "freeze_widths_after"):
+    for name in ("size_targets", "size_ramp", "freeze_widths_after", "rules"):
         config[name] = default.get_config()[name]
     config.batch_size = 32
     config.num_train_steps = 12
