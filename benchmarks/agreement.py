@@ -3,12 +3,14 @@
 python -m benchmarks.agreement runs/int4 runs/mixed --output=agreement.json [--images=10000]
 
 The trained network (fake quantization) is compared with the integer runner on the packed file, the same with
-accumulators that wrap at the width the weights were made for (or at --wrap), onnxruntime on QCDQ, and qonnx's
-executor on QONNX. Codes are those of all activations, of the first --codes images.
+accumulators that wrap at the width the weights were made for (or at --wrap) and with integer rescaling,
+onnxruntime on QCDQ, and qonnx's executor on QONNX. Codes are those of all activations, of the first --codes
+images.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -100,17 +102,18 @@ def executors(graph, folder: pathlib.Path, wrap: int | None) -> dict:
         found["runner, wrapping at the promised width"] = IntegerRunner(read, accumulators="wrap")
     if wrap:
         found[f"runner, wrapping at {wrap} bits"] = IntegerRunner(read, accumulators="wrap", bits=wrap)
+    with contextlib.suppress(UserError):  # Minifloats.
+        rescaled = IntegerRunner(read, rescaling="integer")
+        found["runner, integer rescaling"] = lambda x: rescaled(x.astype(np.uint8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import onnxruntime
         from qonnx.core.modelwrapper import ModelWrapper
         from qonnx.core.onnx_exec import execute_onnx
 
-    try:
+    with contextlib.suppress(UserError):  # Minifloats.
         session = onnxruntime.InferenceSession(to_qcdq(graph).SerializeToString())
         found["onnxruntime, QCDQ"] = lambda x: session.run(None, {"input": nchw(x)})[0]
-    except UserError:
-        pass  # Minifloats.
     wrapper = ModelWrapper(to_qonnx(graph, batch=BATCH))
     found["qonnx"] = lambda x: execute_onnx(wrapper, {"input": nchw(x)})["output"]
     found["qonnx"].wrapper = wrapper
@@ -150,6 +153,7 @@ def measure(workdir: pathlib.Path, options: argparse.Namespace) -> dict:
             row = {
                 "argmax_differs": int(np.sum(got.argmax(1) != expected.argmax(1))),
                 "largest_logit_difference": float(np.max(np.abs(got - expected))),
+                "accuracy": float(np.mean(got.argmax(1) == labels)),
                 "seconds": time.monotonic() - began,
             }
             if name == "runner":

@@ -3,8 +3,9 @@
 python -m benchmarks.serving --float=runs/fp32 --quantized=runs/int8 --output=serving.json [--rounds=9]
 
 The float network in JAX and as float32 ONNX in onnxruntime; the quantized one as it was trained (fake
-quantization), in the integer runner, and as QCDQ in onnxruntime. All take turns; a figure is the median of
-the rounds. Ratios are to the float network in JAX.
+quantization), in the integer runner (also with int32 sums instead of exact ones in float32, and with integer
+rescaling), and as QCDQ in onnxruntime. All take turns; a figure is the median of the rounds. Ratios are to the
+float network in JAX.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import pathlib
 import statistics
 import time
+import unittest.mock
 
 import numpy as np
 
@@ -33,8 +35,7 @@ def contenders(float_run: pathlib.Path, quantized_run: pathlib.Path) -> dict:
     from qflax.training.workdir import serving
 
     def session(model):
-        options = onnxruntime.SessionOptions()
-        made = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        made = onnxruntime.InferenceSession(model.SerializeToString())
         return lambda x: made.run(None, {"input": np.ascontiguousarray(np.moveaxis(x, -1, 1))})[0]
 
     found = {}
@@ -47,8 +48,22 @@ def contenders(float_run: pathlib.Path, quantized_run: pathlib.Path) -> dict:
             found["float32 ONNX, onnxruntime"] = session(to_onnx_float(graph))
         else:
             found["integer runner, JAX"] = IntegerRunner(graph)
+            found["integer runner, int32 sums"] = all_in_int32(IntegerRunner(graph))
+            rescaled = IntegerRunner(graph, rescaling="integer")
+            found["integer runner, integer rescaling"] = lambda x: rescaled(x.astype(np.uint8))
             found["QCDQ, onnxruntime"] = session(to_qcdq(graph))
     return found
+
+
+def all_in_int32(run):
+    """A runner that adds all integers as int32, which is decided when it compiles."""
+    from qflax.deploy import runner
+
+    def patched(x):
+        with unittest.mock.patch.object(runner, "EXACT_IN_FLOAT32", 0):
+            return run(x)
+
+    return patched
 
 
 def rates(runs: dict, batch: int, rounds: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -81,7 +96,7 @@ def main() -> None:
         results[batch] = rates(runs, batch, options.rounds, (32, 32, 3))
         base = results[batch]["float, JAX"]
         for name, rate in results[batch].items():
-            print(f"batch {batch:4}  {name:30}{rate:10.0f} images/s{rate / base:8.2f}", flush=True)
+            print(f"batch {batch:4}  {name:35}{rate:10.0f} images/s{rate / base:8.2f}", flush=True)
     options.output.write_text(json.dumps(results, indent=1))
 
 

@@ -97,10 +97,7 @@ class _Walk:
     def _emit(self, operation, inputs, shape, attributes, layer) -> Value:
         output = f"value{len(self.nodes)}"
         names = tuple(x.name if isinstance(x, Value) else self._constant(x) for x in inputs)
-        # A reshape says its sizes, with -1 for the batch.
         attributes = {name: _python(value) for name, value in attributes.items()}
-        if operation == "reshape":
-            attributes = {"shape": attributes["sizes"]}
         self.nodes.append(
             Node(operation=operation, inputs=names, output=output, attributes=attributes, layer=layer)
         )

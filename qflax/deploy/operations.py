@@ -6,7 +6,7 @@ Each takes its node and arrays of one type, int32 or float32, and gives that typ
 import jax
 import jax.numpy as jnp
 
-from qflax.deploy.graph import Graph, Node
+from qflax.deploy.graph import UNARY, Graph, Node
 from qflax.numerics import product, quotient
 
 
@@ -82,13 +82,8 @@ EXECUTE = {
     "slice": _slice,
     "multiply": _plain(product),
     "divide": _plain(quotient),
-    **{name: _plain(getattr(jnp, name)) for name in ("add", "subtract", "maximum", "minimum", "negative")},
-    **{
-        name: _plain(getattr(jnp, name))
-        for name in ("absolute", "exp", "log", "tanh", "sqrt", "floor", "ceil")
-    },
-    **{name: _plain(getattr(jnp, name)) for name in ("round", "sign", "sin", "cos")},
-    **{name: _plain(getattr(jax.lax, name)) for name in ("logistic", "erf", "rsqrt")},
+    **{name: _plain(getattr(jnp, name)) for name in ("add", "subtract", "maximum", "minimum")},
+    **{name: _plain(getattr(jnp, name, None) or getattr(jax.lax, name)) for name in UNARY},
     "power": lambda node, x: jax.lax.integer_pow(x, node.attributes["exponent"]),
     "sum": lambda node, x: jnp.sum(x, node.attributes["axes"]),
     "max": lambda node, x: jnp.max(x, node.attributes["axes"]),

@@ -20,7 +20,7 @@ import zlib
 
 import numpy as np
 
-from qflax.deploy.graph import Constant, Format, Graph, Node, format_from_json, format_to_json
+from qflax.deploy.graph import OPERATIONS, Constant, Format, Graph, Node, format_from_json, format_to_json
 from qflax.errors import UserError, require
 from qflax.numerics import IntegerFormat
 
@@ -100,6 +100,8 @@ def _graph(header, codes, numbers) -> Graph:
     names = ["input", *(f"constant{i}" for i in range(len(constants)))]
     nodes = []
     for i, (operation, inputs, attributes, layer) in enumerate(header["nodes"]):
+        if operation not in OPERATIONS:
+            raise ValueError(f"unknown operation {operation!r}")
         output = f"{layer}/{operation}.{i}" if layer else f"{operation}.{i}"
         inputs = tuple(names[number] for number in inputs)
         attributes = {name: _from_json(value) for name, value in attributes.items()}

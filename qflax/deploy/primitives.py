@@ -70,9 +70,11 @@ class Call:
     layer: str
     emit: typing.Callable[..., Value]
 
-    def node(self, operation: str, *inputs: Value | Known, shape: Shape | None = None, **attributes) -> Value:
-        """A node of this equation."""
-        return self.emit(operation, inputs, self.shape if shape is None else shape, attributes, self.layer)
+    def node(
+        self, operation: str, *inputs: Value | Known, result: Shape | None = None, **attributes
+    ) -> Value:
+        """A node of this equation, or of a part of it that has the shape `result`."""
+        return self.emit(operation, inputs, self.shape if result is None else result, attributes, self.layer)
 
     def refuse(self, why: str) -> UserError:
         """The error for what a graph cannot say."""
@@ -112,7 +114,7 @@ ELEMENTWISE = {
 }
 
 
-def elementwise(call: Call) -> Value:
+def _elementwise(call: Call) -> Value:
     """One of `ELEMENTWISE`."""
     if call.name == "round":
         half_even = call.parameters["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
@@ -264,7 +266,7 @@ def _sliced(call, x, starts, limits, strides, shape) -> Value:
     call.require(starts[0] == 0 and limits[0] == x.shape[0] and strides[0] == 1, "of the batch")
     stops = tuple(None if limit == n else int(limit) for limit, n in zip(limits, x.shape, strict=True))
     start, step = tuple(map(int, starts)), tuple(map(int, strides))
-    return call.node("slice", x, shape=shape, start=start, stop=stops, step=step)
+    return call.node("slice", x, result=shape, start=start, stop=stops, step=step)
 
 
 def split(call: Call) -> list[Value]:
@@ -287,7 +289,7 @@ def _reshape(call: Call) -> Value:
 def _reshaped(call: Call, x: Value, shape: Shape) -> Value:
     batch = x.shape[0]
     call.require(shape[0] == batch, "mixes the batch with other axes")
-    return call.node("reshape", x, shape=shape, sizes=(-1, *shape[1:]))
+    return call.node("reshape", x, result=shape, shape=(-1, *shape[1:]))
 
 
 def _broadcast(call: Call) -> Value:
@@ -315,7 +317,7 @@ def _concatenate(call: Call) -> Value:
 
 
 RULES = {
-    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     "integer_pow": _power,
     "square": _square,
     "clamp": _clamp,

@@ -10,6 +10,8 @@ from qflax.numerics import IntegerFormat, accumulator_extremes
 
 Range = tuple[int, int]
 
+EXACT_IN_FLOAT32 = 2**24  # Sums of integers below are exact in float32, in any order.
+
 _KEEPS = ("max_pool", "max", "slice", "reshape", "transpose")
 
 

@@ -1,26 +1,25 @@
 """The integer runner: executes a graph, such as of a packed file, on integers.
 
 Codes are integers, products of codes are summed in int32, and floats appear in the rescaling of sums alone.
-Where the widths prove that all sums stay below 2^24, a float32 unit adds the integers: that is exact, and on
-most processors faster. Everything runs where JAX does.
+Where the weights prove that all sums stay below 2^24, a float32 unit adds the integers: that is exact, and on
+a CPU several times faster (`benchmarks/serving.py`). Everything runs where JAX does.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qflax.deploy.graph import Constant, Graph, Node
 from qflax.deploy.operations import EXECUTE, SUMS
-from qflax.deploy.ranges import integer_ranges
+from qflax.deploy.ranges import EXACT_IN_FLOAT32, integer_ranges
 from qflax.deploy.rescaling import integer_only
 from qflax.errors import choose, require
 from qflax.numerics import IntegerFormat
 
 ACCUMULATORS = ("exact", "wrap", "check")
 RESCALINGS = ("float", "integer")
-
-_EXACT_FLOAT = 2**24
 
 
 class IntegerRunner:
@@ -48,7 +47,7 @@ class IntegerRunner:
             whatever the order of additions.
           bits: width of all accumulators; None is what the weights were made for, else 32.
           rescaling: `float`, as in training, or `integer`, by multipliers and shifts (`deploy.rescaling`),
-            for inputs of whole numbers from 0 to 255; few codes then differ by one.
+            for inputs of an integer type, from 0 to 255; few codes then differ by one.
 
         Raises:
           UserError: unknown choice, a width outside of 2 to 32, or a graph that is not of integers.
@@ -67,8 +66,12 @@ class IntegerRunner:
         self._accumulators = accumulators
         self._run = jax.jit(self._execute)
 
-    def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
+    def __call__(self, x: np.ndarray | jax.Array) -> jax.Array:
         """The output for float32 or uint8 [batch, *shape]; adds to `extremes`."""
+        require(
+            not self._wide or np.issubdtype(x.dtype, np.integer),
+            f"rescaling='integer' is for images of whole numbers, and these are {x.dtype}; pass uint8",
+        )
         with jax.enable_x64(self._wide or jax.config.jax_enable_x64):
             y, extremes = self._run(jnp.asarray(x, jnp.float32))
         seen = jax.device_get(extremes)
@@ -130,7 +133,7 @@ def _stored(constant: Constant) -> jax.Array:
 
 def _integer_sums(node: Node, x: jax.Array, kernel: jax.Array, *, bound: int) -> jax.Array:
     """int32 sums of products of integers, of at most `bound`."""
-    dtype = jnp.float32 if bound < _EXACT_FLOAT else jnp.int32
+    dtype = jnp.float32 if bound < EXACT_IN_FLOAT32 else jnp.int32
     return SUMS[node.operation](node, x.astype(dtype), kernel.astype(dtype)).astype(jnp.int32)
 
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 
-import numpy as np
-
 from qflax.deploy.graph import BINARY, Constant, Graph, Node
 
+# Names of inputs.
+_ROLES = {"conv": ("x", "kernel"), "dense": ("x", "kernel"), "quantize": ("x", "scale", "zero_point")}
 _IDENTITY = {"multiply": 1.0, "divide": 1.0, "add": 0.0, "subtract": 0.0}
 
 
 def simplified(graph: Graph) -> Graph:
     """A graph of the same values, bit for bit (but for the sign of zero), with names of its layers."""
-    constants = {name: _compact(constant) for name, constant in _operands(graph).items()}
+    constants = _operands(graph)
     first: dict[tuple, str] = {}
     renamed: dict[str, str] = {}
     for name, constant in constants.items():
@@ -21,7 +21,7 @@ def simplified(graph: Graph) -> Graph:
     nodes = []
     for node in graph.nodes:
         node = dataclasses.replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
-        key = (node.operation, node.inputs, tuple(sorted(node.attributes.items(), key=lambda item: item[0])))
+        key = (node.operation, node.inputs, tuple(sorted(node.attributes.items())))
         same = _passes_on(node, constants) or first.get(key)
         if same:
             renamed[node.output] = same
@@ -49,12 +49,6 @@ def _squeezed(constant: Constant) -> Constant:
     while shape and shape[0] == 1:
         del shape[0]
     return dataclasses.replace(constant, array=constant.array.reshape(shape))
-
-
-def _compact(constant: Constant) -> Constant:
-    return dataclasses.replace(
-        constant, array=np.ascontiguousarray(constant.array).reshape(constant.array.shape)
-    )
 
 
 def _passes_on(node: Node, constants: dict[str, Constant]) -> str | None:
@@ -96,9 +90,8 @@ def _named(graph: Graph) -> Graph:
         where = f"{layer}/" if layer else ""
         for i, operand in enumerate(node.inputs):
             if operand in graph.constants and operand not in names:
-                role = {"conv": "kernel", "dense": "kernel"}.get(node.operation)
-                role = role or ("", "scale", "zero_point")[i] if node.operation == "quantize" else role
-                name(operand, where + (role or f"{node.operation}.constant"))
+                roles = _ROLES.get(node.operation)
+                name(operand, where + (roles[i] if roles else f"{node.operation}.constant"))
         name(node.output, where + node.operation)
     nodes = tuple(
         dataclasses.replace(

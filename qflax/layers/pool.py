@@ -29,11 +29,11 @@ class AveragePool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, height, width, channels] to [batch, channels]."""
-        mean = _integer_mean(x) if has_codes(x) else jnp.mean(value_of(x), axis=(1, 2))
+        mean = _integer_mean(x) if _has_codes(x) else jnp.mean(value_of(x), axis=(1, 2))
         return Quantize(self.signed, self.quantization, name="output")(mean)
 
 
-def has_codes(x: jax.Array | QuantizedArray) -> bool:
+def _has_codes(x: jax.Array | QuantizedArray) -> bool:
     """Whether `x` is a scale times integers that are codes."""
     return (
         isinstance(x, QuantizedArray)

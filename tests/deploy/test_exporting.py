@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from networks import SHAPE, images
+from networks import INPUT, SHAPE, images, make
 
 from qflax.deploy import exporting, packed
 from qflax.deploy.exporting import export
@@ -11,6 +11,8 @@ from qflax.deploy.probe import probe_input
 from qflax.deploy.runner import IntegerRunner
 from qflax.deploy.table import layer_table
 from qflax.errors import UserError
+from qflax.quantizers import Quantization, Uniform
+from qflax.verify import verify
 
 
 def test_a_packed_file_runs_without_what_made_it(tmp_path, trained):
@@ -32,6 +34,14 @@ def test_the_probe_tells_what_was_trained(tmp_path, trained):
     np.testing.assert_array_equal(np.float32(probe["outputs"]), jax.jit(function)(variables, x))
     names = {graph.nodes[place].operation for place, _ in probe["sums"]}
     assert names == {"quantize"} and sum(total != 0 for _, total in probe["sums"]) > 3
+
+
+def test_sums_that_float32_does_not_hold_are_no_error(tmp_path):
+    wide = Uniform(bits=14, scale="lsq")
+    function, variables = make(Quantization(weights=wide, activations=wide, rules=(INPUT,)))
+    result = export(function, variables, SHAPE, tmp_path / "file", format="packed")
+    assert not result.exact and "int14" in layer_table(result.graph)
+    assert verify(tmp_path / "file").ok
 
 
 def test_stablehlo_serves_any_batch(tmp_path, trained):

@@ -91,9 +91,10 @@ def test_other_versions_and_lengths_are_refused(tmp_path):
     with zipfile.ZipFile(file) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     header = json.loads(entries["graph.json"])
-    for change in ({"graph.json": json.dumps({**header, "version": 2})}, {"codes.bin": b"1"}):
+    changes = {"version": 2}, {"nodes": [["sort", [0], {}, ""]]}
+    for change in (*({"graph.json": json.dumps({**header, **new})} for new in changes), {"codes.bin": b"1"}):
         with zipfile.ZipFile(file, "w") as archive:
             for name, data in {**entries, **change}.items():
                 archive.writestr(name, data)
-        with pytest.raises(UserError, match="version 2|lengths do not match"):
+        with pytest.raises(UserError, match="version 2|unknown operation 'sort'|lengths do not match"):
             packed.load(file)

@@ -21,6 +21,7 @@ from tests.deploy.test_qonnx import (
     U8,
     Net,
     execute,
+    formats_and_ties,
     inputs_of,
     nchw,
     residual_net,
@@ -69,12 +70,7 @@ def test_weights_are_stored_as_integers():
 @pytest.mark.parametrize("rounding", ["half_even", "floor", "ceil", "toward_zero"])
 @pytest.mark.parametrize("bits", range(1, 10))
 def test_every_integer_format_on_ties_and_beyond_its_range(bits, rounding):
-    formats = [
-        IntegerFormat(bits=bits, signed=signed, narrow=narrow)
-        for signed, narrow in ((False, False), (True, False), (True, True))
-        if bits > 1 or not narrow
-    ]
-    x = np.arange(-(2.0 ** (bits + 1)), 2.0 ** (bits + 1), 0.25, np.float32)
+    formats, x = formats_and_ties(bits)
     net = Net(len(x))
     parts = [
         net.quantize("input", fmt, 1, zero_point, rounding)

@@ -281,15 +281,20 @@ def test_model_is_valid_and_says_what_readers_need():
     assert {tensor.name for tensor in model.graph.initializer} < used
 
 
-@pytest.mark.parametrize("rounding", ["half_even", "floor", "ceil", "toward_zero"])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_every_integer_format_on_ties_and_beyond_its_range(bits, rounding):
+def formats_and_ties(bits):
+    """Integer formats of a width, and quarters of integers within and beyond their ranges."""
     formats = [
         IntegerFormat(bits=bits, signed=signed, narrow=narrow)
         for signed, narrow in ((False, False), (True, False), (True, True))
         if bits > 1 or not narrow
     ]
-    x = np.arange(-(2.0 ** (bits + 1)), 2.0 ** (bits + 1), 0.25, np.float32)
+    return formats, np.arange(-(2.0 ** (bits + 1)), 2.0 ** (bits + 1), 0.25, np.float32)
+
+
+@pytest.mark.parametrize("rounding", ["half_even", "floor", "ceil", "toward_zero"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_integer_format_on_ties_and_beyond_its_range(bits, rounding):
+    formats, x = formats_and_ties(bits)
     net = Net(len(x))
     parts = [net.quantize("input", fmt, 1, 0 if fmt.bipolar else 3, rounding) for fmt in formats]
     graph = net.graph(net.add("concatenate", *parts, axis=1))

@@ -44,7 +44,9 @@ def test_the_runner_takes_it_as_an_option(lowered):
     run = IntegerRunner(graph, rescaling="integer")
     expected = np.asarray(IntegerRunner(graph)(X))
     np.testing.assert_allclose(run(X.astype(np.uint8)), expected, atol=0.1 * np.abs(expected).max())
-    assert np.mean(np.argmax(run(X), 1) == np.argmax(expected, 1)) > 0.9
+    assert np.mean(np.argmax(run(X.astype(np.uint8)), 1) == np.argmax(expected, 1)) > 0.9
+    with pytest.raises(UserError, match="images of whole numbers, and these are float32; pass uint8"):
+        run(X)
     assert not jax.config.jax_enable_x64
 
 
@@ -52,7 +54,7 @@ def test_the_runner_takes_it_as_an_option(lowered):
 def test_minifloats_and_floats_are_told_of(lowered, name):
     graph = lowered(name)
     if name == "float":
-        assert IntegerRunner(graph, rescaling="integer")(X).shape == (50, 4)
+        assert IntegerRunner(graph, rescaling="integer")(X.astype(np.uint8)).shape == (50, 4)
     else:
         with pytest.raises(UserError, match="rescaling='integer' needs sums of scaled integers"):
             IntegerRunner(graph, rescaling="integer")

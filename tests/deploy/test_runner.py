@@ -28,7 +28,7 @@ def network(trained, lowered):
 def test_integer_units_and_float_units_agree(network, name, monkeypatch):
     graph, expected = network(name)
     np.testing.assert_array_equal(IntegerRunner(graph)(X), expected)
-    monkeypatch.setattr(runner_lib, "_EXACT_FLOAT", 0)
+    monkeypatch.setattr(runner_lib, "EXACT_IN_FLOAT32", 0)
     integers = IntegerRunner(graph)
     np.testing.assert_array_equal(integers(X.astype(np.uint8)), expected)
 
