@@ -3,9 +3,8 @@
 python -m benchmarks.serving --float=runs/fp32 --quantized=runs/int8 --output=serving.json [--rounds=9]
 
 The float network in JAX and as float32 ONNX in onnxruntime; the quantized one as it was trained (fake
-quantization), in the integer runner (also with int32 sums instead of exact ones in float32, and with integer
-rescaling), and as QCDQ in onnxruntime. All take turns; a figure is the median of the rounds. Ratios are to the
-float network in JAX.
+quantization), in the integer runner (also with all sums in int32, and with integer rescaling), and as QCDQ in
+onnxruntime. All take turns; a figure is the median of the rounds. Ratios are to the float network in JAX.
 """
 
 import argparse
@@ -49,8 +48,7 @@ def contenders(float_run: pathlib.Path, quantized_run: pathlib.Path) -> dict:
         else:
             found["integer runner, JAX"] = IntegerRunner(graph)
             found["integer runner, int32 sums"] = all_in_int32(IntegerRunner(graph))
-            rescaled = IntegerRunner(graph, rescaling="integer")
-            found["integer runner, integer rescaling"] = lambda x: rescaled(x.astype(np.uint8))
+            found["integer runner, integer rescaling"] = of_bytes(IntegerRunner(graph, rescaling="integer"))
             found["QCDQ, onnxruntime"] = session(to_qcdq(graph))
     return found
 
@@ -64,6 +62,11 @@ def all_in_int32(run):
             return run(x)
 
     return patched
+
+
+def of_bytes(run):
+    """A runner that is given uint8."""
+    return lambda x: run(x.astype(np.uint8))
 
 
 def rates(runs: dict, batch: int, rounds: int, shape: tuple[int, ...]) -> dict[str, float]:
