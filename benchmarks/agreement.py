@@ -171,15 +171,23 @@ def measure(workdir: pathlib.Path, options: argparse.Namespace) -> dict:
 
 
 def count_differences(trained: dict[str, list[np.ndarray]], graph: list[tuple[str, np.ndarray]]) -> int:
-    """Elements that differ between the trained network's codes and a graph's."""
-    calls = {layer: iter(codes) for layer, codes in trained.items()}
-    if sum(map(len, trained.values())) != len(graph):
-        raise SystemExit(f"{len(graph)} quantizers in the graph: {sorted(calls)}")
+    """Elements that differ between the trained network's codes and a graph's.
+
+    A layer that is called from within another one is known in the graph by that one's path, so that names say
+    only the layer's own: of the trained calls that have it and the shape, the nearest is the same.
+    """
+    calls = [(path.split("/")[-2:], codes) for path, found in trained.items() for codes in found]
+    if len(calls) != len(graph):
+        raise SystemExit(f"{len(graph)} quantizers in the graph, {len(calls)} in the network")
     differences = 0
     for layer, codes in graph:
-        # A layer that is called from within another has that one's path before its own.
-        own = max((path for path in calls if f"/{layer}".endswith(f"/{path}")), key=len)
-        differences += int(np.sum(next(calls[own]) != codes))
+        alike = [
+            i for i, (own, x) in enumerate(calls) if own == layer.split("/")[-2:] and x.shape == codes.shape
+        ]
+        distances = {i: int(np.sum(calls[i][1] != codes)) for i in alike}
+        nearest = min(distances, key=distances.get)
+        differences += distances[nearest]
+        del calls[nearest]
     return differences
 
 
