@@ -15,7 +15,7 @@ os.environ.setdefault("NPROC", "4")  # See qflax.runtime: two devices deadlock o
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests compile the same programs. This folder is shared with other processes of this run alone.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/qflax-tests-{os.getpid()}")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis
 import jax
