@@ -5,4 +5,4 @@ import sys
 from qflax.cli import train_main
 
 if __name__ == "__main__":
-    sys.exit(train_main(sys.argv))
+    sys.exit(train_main(sys.argv[1:]))

@@ -14,24 +14,20 @@ BAD_INPUT = 2  # Exit code for anything that the user can put right.
 
 def train_main(arguments: Sequence[str]) -> int:
     """train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]; returns the exit code."""
-    from absl import app, flags
-    from ml_collections import config_flags
-
-    config = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-    workdir = flags.DEFINE_string(
-        "workdir", None, "Folder for everything the run writes; runs/NAME of the configuration by default."
+    parser = argparse.ArgumentParser(prog="train.py", description="Trains a network.", allow_abbrev=False)
+    _add_config(parser)
+    parser.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        help="folder for everything the run writes; runs/NAME of the configuration by default",
     )
-    app.define_help_flags()
-
-    def run() -> None:
-        _require_config(_parse(flags.FLAGS, arguments, config), config, "configs/quickstart.py")
-        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        _train(config.value, pathlib.Path(workdir.value or f"runs/{name}"))
-
-    return _report_errors(run)
+    options, options.rest = parser.parse_known_args(arguments)
+    return _report_errors(lambda: _train(options))
 
 
-def _train(config, workdir: pathlib.Path) -> None:
+def _train(options: argparse.Namespace) -> None:
+    config = _config_of(options, "configs/quickstart.py")
+    workdir = options.workdir or pathlib.Path("runs", pathlib.Path(options.config).stem)
     from qflax import config as config_lib
     from qflax import runtime
 
@@ -54,36 +50,8 @@ def _train(config, workdir: pathlib.Path) -> None:
     )
 
 
-def _require_config(rest: Sequence[str], config, example: str) -> None:
-    if rest:
-        raise UserError(f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE")
-    if config.value is None:
-        raise UserError(f"--config: missing; for instance --config={example}")
-
-
-def _parse(values, arguments: Sequence[str], config) -> list[str]:
-    """Parses absl flags; errors of a configuration file or a field become one line."""
-    from absl import flags
-
-    given = " ".join(argument for argument in arguments if argument.startswith("--config"))
-    try:
-        rest = values(arguments)[1:]
-        if config.value is not None:
-            config.value.items()  # A file that cannot be loaded is told of only when it is used.
-    except flags.Error as error:
-        raise UserError(_one_line(error)) from None
-    except (AttributeError, KeyError) as error:
-        reason = error
-        while isinstance(reason, Exception) and reason.args:
-            reason = reason.args[0]  # The text; str() of a KeyError would quote and escape it.
-        reason = re.sub(r'Other fields present: "{.*}"', "", str(reason), flags=re.DOTALL)
-        raise UserError(
-            f"{given}: the configuration has no such field: {_one_line(reason)}; see configs/default.py "
-            "and, for weights and activations, the specs in qflax/quantizers"
-        ) from None
-    except (OSError, ImportError, TypeError, ValueError) as error:
-        raise UserError(f"{given}: {_one_line(error)}; see configs/default.py") from None
-    return rest
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     verifying.set_defaults(run=_verify)
     for command in (importing, calibrating, sensitivity):
-        command.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
+        _add_config(command)
     options, options.rest = parser.parse_known_args(arguments)
     if options.rest and "config" not in options:
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
@@ -134,14 +102,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config_of(options: argparse.Namespace, example: str):
-    """The configuration of a command that is given one."""
+    """The configuration of a command that is given one; errors of a file or a field become one line."""
     from absl import flags
     from ml_collections import config_flags
 
+    given = " ".join(argument for argument in options.rest if argument.startswith("--config"))
+    arguments = options.rest
+    if options.config is not None:
+        given = f"--config={options.config} {given}".strip()
+        arguments = [f"--config={options.config}", *arguments]
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
-    given = [f"--config={options.config}"] if options.config else []
-    _require_config(_parse(values, ["qflax", *given, *options.rest], config), config, example)
+    config = config_flags.DEFINE_config_file(
+        "config", None, "", lock_config=True, flag_values=values, sys_argv=arguments
+    )
+    try:
+        rest = values(["", *arguments])[1:]
+        if config.value is not None:
+            config.value.items()  # A file that cannot be loaded is told of only when it is used.
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    except (AttributeError, KeyError) as error:
+        reason = error
+        while isinstance(reason, Exception) and reason.args:
+            reason = reason.args[0]  # The text; str() of a KeyError would quote and escape it.
+        reason = re.sub(r'Other fields present: "{.*}"', "", str(reason), flags=re.DOTALL)
+        raise UserError(
+            f"{given}: the configuration has no such field: {_one_line(reason)}; see configs/default.py "
+            "and, for weights and activations, the specs in qflax/quantizers"
+        ) from None
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        raise UserError(f"{given}: {_one_line(error)}; see configs/default.py") from None
+    if rest:
+        raise UserError(f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE")
+    if config.value is None:
+        raise UserError(f"--config: missing; for instance --config={example}")
     return config.value
 
 

@@ -1,4 +1,7 @@
-"""Every configuration takes a training step on mock data, and no row of the documents is missing."""
+"""Configurations take a training step on mock data, and no row of the documents is missing.
+
+Of those that differ in the accumulators' width alone, the first and the last.
+"""
 
 import functools
 import importlib
@@ -20,6 +23,7 @@ A2Q = {
     for method, variant in (("a2q", "a2q"), ("a2q_plus", "a2q+"))
     for bits in (16, 15, 14, 13, 12)
 }
+BETWEEN = [name for name, (_, bits) in A2Q.items() if bits in (13, 14, 15)]
 ROWS = {
     *A2Q,
     *(f"resnet18_{row}_cifar10" for row in ("float", "fp32", "w8a8_e4m3", "w5a5_e3m1", "w4a4")),
@@ -65,7 +69,7 @@ def quick_compilation():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "default"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in {"default", *BETWEEN}])
 def test_takes_a_training_step(name):
     config = config_of(name)
     config.batch_size, config.crop.image_size = 2, 64

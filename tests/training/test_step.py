@@ -95,8 +95,8 @@ def test_several_steps_in_a_dispatch_equal_single_ones(tiny_config, dataset):
 
 def test_learned_widths_and_accumulators_go_through_a_loop(tiny_config, dataset):
     learned(tiny_config)
-    looped, written_out = (run(tiny_config, dataset, 1, [2], unroll)[0] for unroll in (False, True))
-    assert_same_updates(tiny_config, looped, written_out, 1e-2)
+    looped, single = (run(tiny_config, dataset, 1, [2], False)[0], run(tiny_config, dataset, 1, [1, 1])[0])
+    assert_same_updates(tiny_config, looped, single, 1e-2)
 
 
 def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_config, dataset):
