@@ -19,15 +19,16 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["qflax", "qflax.*"]),
-    # Lower bounds are the oldest versions that were tried, on Python 3.11.
+    # Lower bounds are the oldest versions that were tried, on Python 3.11. Before JAX 0.9.2 a strided index is a
+    # gather, which no export has.
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
         "flax>=0.12",
         "grain>=0.2.15",
         "importlib_resources>=6.4",
-        "jax>=0.8",
-        "jaxlib>=0.8",
+        "jax>=0.9.2",
+        "jaxlib>=0.9.2",
         "ml-collections>=1.0",
         "numpy>=2.0",
         "opencv-python-headless>=4.11",

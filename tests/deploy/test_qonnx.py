@@ -291,6 +291,7 @@ def formats_and_ties(bits):
     return formats, np.arange(-(2.0 ** (bits + 1)), 2.0 ** (bits + 1), 0.25, np.float32)
 
 
+@pytest.mark.filterwarnings("ignore:numpy.fix is deprecated:DeprecationWarning")  # Of qonnx.
 @pytest.mark.parametrize("rounding", ["half_even", "floor", "ceil", "toward_zero"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_integer_format_on_ties_and_beyond_its_range(bits, rounding):
