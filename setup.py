@@ -19,8 +19,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["qflax", "qflax.*"]),
-    # Lower bounds are the oldest versions that were tried, on Python 3.11. Before JAX 0.9.2 a strided index is a
-    # gather, which no export has.
+    # Lower bounds are the oldest versions that were tried, on Python 3.11. Before JAX 0.9.2 a strided index
+    # was a gather, which no export has.
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
