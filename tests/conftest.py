@@ -62,3 +62,11 @@ def golden():
             return Golden(dict(arrays))
 
     return load
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs that are compiled carelessly, for tests that run each of theirs a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

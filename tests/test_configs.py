@@ -60,14 +60,6 @@ def costs_of(name):
     return build.measure_costs(config, filled(config))
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs that are compiled carelessly; rows that differ in a number share theirs in the cache."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in {"default", *BETWEEN}])
 def test_takes_a_training_step(name):

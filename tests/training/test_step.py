@@ -14,6 +14,8 @@ from qflax.training.parallel import Devices
 from qflax.training.state import initial_variables
 from qflax.training.stream import stream_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def dataset():
