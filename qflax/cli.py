@@ -106,11 +106,8 @@ def _config_of(options: argparse.Namespace, example: str):
     from absl import flags
     from ml_collections import config_flags
 
-    given = " ".join(argument for argument in options.rest if argument.startswith("--config"))
-    arguments = options.rest
-    if options.config is not None:
-        given = f"--config={options.config} {given}".strip()
-        arguments = [f"--config={options.config}", *arguments]
+    arguments = [*([f"--config={options.config}"] if options.config else []), *options.rest]
+    given = " ".join(argument for argument in arguments if argument.startswith("--config"))
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config", None, "", lock_config=True, flag_values=values, sys_argv=arguments

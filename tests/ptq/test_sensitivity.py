@@ -27,8 +27,6 @@ from qflax.quantizers import (
 )
 from qflax.quantizers.spec import kind_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(0)
 CLASSES = 5
 TRACES = collections.Counter()

@@ -13,8 +13,6 @@ from qflax.training.parallel import Devices
 from qflax.training.state import initial_variables
 from qflax.training.stream import ResidentStream, stream_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
 LABELS = RNG.integers(0, 10, 40).astype(np.int32)
