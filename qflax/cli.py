@@ -6,10 +6,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from qflax.errors import UserError
+from qflax.errors import Interrupted, UserError
 
 FAILED = 1  # Exit code of a verification that found something.
 BAD_INPUT = 2  # Exit code for anything that the user can put right.
+INTERRUPTED = 75  # Exit code of a run that was asked to stop: EX_TEMPFAIL, "try again later".
 
 
 def train_main(arguments: Sequence[str]) -> int:
@@ -235,12 +236,16 @@ def _verify(options: argparse.Namespace) -> int:
 def _report_errors(run: Callable[[], int | None]) -> int:
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it writes.
+    # Orbax tells of every file that it writes, and with tracebacks of errors that it raises as well.
+    logging.set_verbosity(logging.FATAL)
     try:
         code = run()
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
+    except Interrupted as error:
+        print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     return code or 0
 
 

@@ -9,11 +9,13 @@ import ml_collections
 
 from qflax.data import DATASETS
 from qflax.errors import UserError, choose, closest, require
+from qflax.files import write_atomically
 from qflax.quantizers import CALIBRATIONS
 
 FILE = "config.json"
 
-# Fields that change where and how fast a run goes, not what comes out; a resumed run may change them.
+# Fields that change where and how fast a run goes, not what comes out, and what to do about bad steps, of
+# which there were none that a run went on from; a resumed run may change them.
 OPERATIONAL = (
     "data_dir",
     "num_workers",
@@ -23,6 +25,7 @@ OPERATIONAL = (
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "skip_bad_steps",
 )
 
 
@@ -137,6 +140,7 @@ FIELDS = {
     "milestone_factor": _FRACTION,
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clip": _NOT_NEGATIVE,
+    "skip_bad_steps": _number(0, 2**24, integer=True),
     "loss": _one_of("cross_entropy", "squared_hinge"),
     "label_smoothing": _BELOW_ONE,
     "distillation": {"teacher": _TEXT, "weight": _FRACTION, "temperature": _POSITIVE},
@@ -190,7 +194,7 @@ def _validate_group(config: Mapping, fields: Mapping, prefix: str) -> None:
 def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the configuration into the workdir, for every later command."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / FILE).write_text(json.dumps(plain(config), indent=2) + "\n")
+    write_atomically(workdir / FILE, json.dumps(plain(config), indent=2) + "\n")
 
 
 def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
