@@ -31,11 +31,11 @@ def holder(workdir):
 
 def test_the_second_process_is_refused_until_the_first_ends_however_that_ends(tmp_path):
     with holder(tmp_path / "run") as first:
-        with pytest.raises(
-            UserError, match=rf"another run is writing here \(process {first.pid} on .* since"
+        with (
+            pytest.raises(UserError, match=rf"another run is writing here \(process {first.pid} on .* since"),
+            locked(tmp_path / "run"),
         ):
-            with locked(tmp_path / "run"):
-                pass
+            pass
         first.send_signal(signal.SIGKILL)
         first.wait()
     with locked(tmp_path / "run"):
@@ -45,9 +45,8 @@ def test_the_second_process_is_refused_until_the_first_ends_however_that_ends(tm
 def test_a_lock_that_was_damaged_still_refuses(tmp_path):
     with holder(tmp_path) as first:
         (tmp_path / ".lock").write_text("{")
-        with pytest.raises(UserError, match="another run is writing here"):
-            with locked(tmp_path):
-                pass
+        with pytest.raises(UserError, match="another run is writing here"), locked(tmp_path):
+            pass
         first.stdin.close()
 
 
