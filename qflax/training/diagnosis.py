@@ -68,11 +68,11 @@ def _parts(step: TrainStep, state: TrainState, index, data, *rest) -> list[tuple
         ("the logits", [logits]),
         *((f"the {name.replace('_', ' ')}", [value]) for name, value in metrics.items()),
         *((f"the gradient of {name}", arrays) for name, arrays in backwards),
+        ("the norm of the gradient", [norm]),
         *(
             (f"the new value of {name}", arrays)
             for name, arrays in _named((updated.trained, updated.observed))
         ),
-        ("the norm of the gradient", [norm]),
     ]
 
 
@@ -91,4 +91,5 @@ def _last_call(name: str, called: list[str]) -> int:
 
 
 def _floats(tree) -> list[jax.Array]:
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]  # Modules may be returned, too.
+    return [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
