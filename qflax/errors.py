@@ -3,12 +3,20 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # Characters of a line.
+
 
 class UserError(Exception):
     """Bad input: one line that says what, where, the valid choices and the remedy.
 
     The command-line programs print the line and exit with code 2, without a traceback.
     """
+
+
+def one_line(text: object) -> str:
+    """As one line of printable characters; of a long one its two ends."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
