@@ -13,19 +13,21 @@ A ZIP archive, whose entries any tool unpacks and whose checksums find damage:
 
 import dataclasses
 import json
-import math
 import pathlib
 import zipfile
-import zlib
 
 import numpy as np
 
 from qflax.deploy.graph import OPERATIONS, Constant, Format, Graph, Node, format_from_json, format_to_json
-from qflax.errors import UserError, require
+from qflax.deploy.operations import value_shapes
+from qflax.errors import UserError, one_line, require
+from qflax.files import TOTAL, Archive, size_of
 from qflax.numerics import IntegerFormat
 
 VERSION = 1
 _ENTRIES = ("graph.json", "codes.bin", "numbers.bin")
+_GRAPH_BYTES = 2**24  # JSON takes a multiple of its bytes; that of a ResNet-152 has 2^19.
+_BLOCK = 2**20  # Codes that are unpacked at a time, whole bytes.
 
 
 def save(graph: Graph, path: pathlib.Path) -> None:
@@ -67,26 +69,34 @@ def load(path: pathlib.Path) -> Graph:
       UserError: no such file, none of ours, or a damaged one.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            header, codes, numbers = (archive.read(name) for name in _ENTRIES)
-        header = json.loads(header)
+        with Archive(path) as archive:
+            header = json.loads(archive.read(_ENTRIES[0], _GRAPH_BYTES))
+            codes, numbers = (archive.read(name) for name in _ENTRIES[1:])
         require(
             header["version"] == VERSION, f"{path}: version {header['version']}, not {VERSION}; update qflax"
         )
-        return _graph(header, codes, numbers)
+        graph = _graph(header, codes, numbers)
+        value_shapes(graph)  # Fails where a node does not fit its inputs.
+        return graph
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, IndexError, EOFError) as error:
+    except (
+        *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
+        *(MemoryError, NotImplementedError),
+    ) as error:
         raise UserError(
-            f"{path}: no packed file of qflax, or a damaged one ({error}); export again"
+            f"{path}: no packed file of qflax, or a damaged one ({one_line(error)}); export again"
         ) from None
 
 
 def _graph(header, codes, numbers) -> Graph:
-    constants, places = [], [0, 0]
+    constants, places, total = [], [0, 0], 0
     for entry in header["constants"]:
         fmt = format_from_json(entry["format"]) if "format" in entry else None
-        size = math.prod(entry["shape"])
+        size = size_of(entry["shape"])
+        total += size
+        if total > TOTAL:
+            raise ValueError(f"constants of more than {TOTAL:,} elements together")
         if fmt is None:
             array = np.frombuffer(numbers, "<f4", size, places[1])
             places[1] += 4 * size
@@ -150,8 +160,14 @@ def _pack(array: np.ndarray, fmt: Format) -> bytes:
 
 def _unpack(codes: bytes, start: int, size: int, fmt: Format) -> np.ndarray:
     data = np.frombuffer(codes, np.uint8, -(-size * fmt.bits // 8), start)
-    bits = np.unpackbits(data, count=size * fmt.bits, bitorder="little").reshape(size, fmt.bits)
-    patterns = bits.astype(np.int64) @ (1 << np.arange(fmt.bits))
-    if isinstance(fmt, IntegerFormat):
-        return patterns * (2 if fmt.bipolar else 1) + fmt.lowest
-    return np.asarray(fmt.decode(patterns))
+    array = np.empty(size, np.float32)
+    for first in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - first)
+        part = data[first * fmt.bits // 8 :]
+        bits = np.unpackbits(part, count=count * fmt.bits, bitorder="little").reshape(count, fmt.bits)
+        patterns = bits.astype(np.int64) @ (1 << np.arange(fmt.bits))
+        if isinstance(fmt, IntegerFormat):
+            array[first : first + count] = patterns * (2 if fmt.bipolar else 1) + fmt.lowest
+        else:
+            array[first : first + count] = fmt.decode(patterns)
+    return array

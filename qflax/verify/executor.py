@@ -51,7 +51,9 @@ def _run(network: "Network", x: np.ndarray, observe: Callable[[int, np.ndarray],
         try:
             y = evaluate(node.operation, [values[i] for i in node.inputs], node.attributes)
         except MALFORMED as error:
-            raise UserError(f"{network.path}: {node.operation} of {node.layer!r}: {one_line(error)}") from None
+            raise UserError(
+                f"{network.path}: {node.operation} of {node.layer!r}: {one_line(error)}"
+            ) from None
         values[node.output] = y
         if observe:
             observe(node.output, y)

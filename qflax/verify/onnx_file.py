@@ -25,9 +25,7 @@ def open_model(path: pathlib.Path):
             model = onnx.load_model_from_string(file.read())
         _check(model)
     except (DecodeError, OSError, ValueError, MemoryError) as error:
-        raise UserError(
-            f"{path}: is neither a packed network nor an ONNX file: {one_line(error)}"
-        ) from None
+        raise UserError(f"{path}: is neither a packed network nor an ONNX file: {one_line(error)}") from None
     require(
         len(model.graph.node) > 0 and len(model.graph.output) == 1,
         f"{path}: is neither a packed network nor an ONNX network with one output",
@@ -39,8 +37,11 @@ def array_of(tensor) -> np.ndarray:
     """The array of a TensorProto."""
     from onnx import numpy_helper
 
-    size_of(tensor.dims, least=0)
-    array = numpy_helper.to_array(tensor)
+    try:
+        size_of(tensor.dims, least=0)
+        array = numpy_helper.to_array(tensor)
+    except Exception as error:  # Whatever the package raises of damaged data.
+        raise ValueError(f"tensor {tensor.name!r}: {error}") from None
     if array.dtype.kind in "cO":  # Complex numbers and text.
         raise ValueError(f"tensor {tensor.name!r} has type {array.dtype}")
     return array
@@ -66,7 +67,14 @@ def _check(model) -> None:
             raise ValueError(f"tensor {message.name!r} is in another file; save all in one")
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         # What is not declared is 0.
-        size_of([n.dim_value or 1 for n in value.type.tensor_type.shape.dim])
+        _check_declared(value.name, [n.dim_value or 1 for n in value.type.tensor_type.shape.dim])
+
+
+def _check_declared(name: str, shape: list[int]) -> None:
+    try:
+        size_of(shape)
+    except ValueError as error:
+        raise ValueError(f"the shape of {name!r}: {error}") from None
 
 
 def _repeated(names: list[str]) -> str:

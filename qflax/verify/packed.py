@@ -35,7 +35,9 @@ def read(path: pathlib.Path) -> Network:
             graph = _graph(path, archive.read(GRAPH, _GRAPH_BYTES))
             data = {name: archive.read(name) for name in (CODES, NUMBERS)}
     except (ValueError, OSError, MemoryError) as error:
-        raise UserError(f"{path}: the archive is damaged: {one_line(error)}; copy or export it again") from None
+        raise UserError(
+            f"{path}: the archive is damaged: {one_line(error)}; copy or export it again"
+        ) from None
     return _network(path, graph, data)
 
 

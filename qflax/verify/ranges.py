@@ -12,7 +12,6 @@ from qflax.verify.extremes import IntegerLayer
 from qflax.verify.formats import Format, IntegerFormat
 from qflax.verify.network import Network, Node
 
-
 _LARGEST = 2**62  # Integers that int64 holds, with a bit to spare.
 
 
