@@ -20,7 +20,7 @@ import numpy as np
 
 from qflax.deploy.graph import OPERATIONS, Constant, Format, Graph, Node, format_from_json, format_to_json
 from qflax.deploy.operations import value_shapes
-from qflax.errors import UserError, one_line, require
+from qflax.errors import UserError, one_line
 from qflax.files import TOTAL, Archive, size_of
 from qflax.numerics import IntegerFormat
 
@@ -72,17 +72,19 @@ def load(path: pathlib.Path) -> Graph:
         with Archive(path) as archive:
             header = json.loads(archive.read(_ENTRIES[0], _GRAPH_BYTES))
             codes, numbers = (archive.read(name) for name in _ENTRIES[1:])
-        require(
-            header["version"] == VERSION, f"{path}: version {header['version']}, not {VERSION}; update qflax"
-        )
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']!r}, not {VERSION}; update qflax")
         graph = _graph(header, codes, numbers)
-        value_shapes(graph)  # Fails where a node does not fit its inputs.
+        with np.errstate(all="ignore"):
+            shapes = value_shapes(graph)  # Fails where a node does not fit its inputs.
+        for shape in shapes.values():
+            size_of(shape, least=0)
         return graph
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (
         *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
-        *(MemoryError, NotImplementedError),
+        *(MemoryError, NotImplementedError, UserError),
     ) as error:
         raise UserError(
             f"{path}: no packed file of qflax, or a damaged one ({one_line(error)}); export again"
@@ -104,7 +106,10 @@ def _graph(header, codes, numbers) -> Graph:
             array = _unpack(codes, places[0], size, fmt)
             places[0] += -(-size * fmt.bits // 8)
         array = array.reshape(entry["shape"]).astype(np.float32)
-        constants.append(Constant(array=array, format=fmt, accumulator_bits=entry.get("accumulator_bits")))
+        bits = entry.get("accumulator_bits")
+        if bits is not None:
+            _whole(bits, 1, 64)
+        constants.append(Constant(array=array, format=fmt, accumulator_bits=bits))
     if [len(codes), len(numbers)] != places:
         raise ValueError("lengths do not match")
     names = ["input", *(f"constant{i}" for i in range(len(constants)))]
@@ -112,21 +117,30 @@ def _graph(header, codes, numbers) -> Graph:
     for i, (operation, inputs, attributes, layer) in enumerate(header["nodes"]):
         if operation not in OPERATIONS:
             raise ValueError(f"unknown operation {operation!r}")
+        if not isinstance(layer, str) or not layer.isprintable():
+            raise ValueError(f"layer {layer!r} is no name")
         output = f"{layer}/{operation}.{i}" if layer else f"{operation}.{i}"
-        inputs = tuple(names[number] for number in inputs)
+        inputs = tuple(names[_whole(number, 0, len(names) - 1)] for number in inputs)
         attributes = {name: _from_json(value) for name, value in attributes.items()}
         nodes.append(
             Node(operation=operation, inputs=inputs, output=output, attributes=attributes, layer=layer)
         )
         names.append(output)
+    size_of(header["shape"])
     return Graph(
         input="input",
         shape=tuple(header["shape"]),
-        output=names[header["output"]],
+        output=names[_whole(header["output"], 0, len(names) - 1)],
         nodes=tuple(nodes),
         constants=dict(zip(names[1:], constants, strict=False)),
         metadata=header["metadata"],
     )
+
+
+def _whole(value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from {least} to {most}")
+    return value
 
 
 def _constant_to_json(constant: Constant) -> dict:

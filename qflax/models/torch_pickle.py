@@ -58,6 +58,10 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+def _refuse(unpickler: pickle._Unpickler) -> None:
+    raise pickle.UnpicklingError("it holds objects that no state dict has")
+
+
 def _with_plain_keys(load: Callable, keys: slice) -> Callable:
     """The opcode's method, for keys at those places of the stack that are plain."""
 
@@ -79,7 +83,8 @@ class _Unpickler(pickle._Unpickler):
     """
 
     dispatch = {
-        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in _REFUSED},
+        **pickle._Unpickler.dispatch,
+        **dict.fromkeys(_REFUSED, _refuse),
         pickle.SETITEM[0]: _with_plain_keys(pickle._Unpickler.load_setitem, slice(-2, -1)),
         **{
             code[0]: _with_plain_keys(load, slice(None, None, 2))

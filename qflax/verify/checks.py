@@ -142,7 +142,8 @@ def _compare_with_trained(
 
 def _compared(y: np.ndarray, expected: np.ndarray, analysis: Analysis) -> tuple[str, float, bool]:
     """In words, the largest difference, and whether it is small enough."""
-    difference = float(np.abs(y.astype(np.float64) - expected).max())
+    with np.errstate(invalid="ignore"):  # Of infinite outputs.
+        difference = float(np.abs(y.astype(np.float64) - expected).max())
     if difference == 0:
         return f"{len(y)} examples, all outputs are equal", difference, True
     text = f"{len(y)} examples, largest difference {difference:.3g}"

@@ -174,7 +174,7 @@ ELEMENTARY = {
     "log": _wide(np.log),
     "tanh": _wide(np.tanh),
     "logistic": _wide(lambda x: 1 / (1 + np.exp(-x))),
-    "erf": _wide(np.vectorize(math.erf, otypes=[np.float64])),
+    "erf": _wide(lambda x: np.fromiter(map(math.erf, x.flat), np.float64, x.size).reshape(x.shape)),
     "rsqrt": _wide(lambda x: 1 / np.sqrt(x)),
     "sin": _wide(np.sin),
     "cos": _wide(np.cos),

@@ -123,7 +123,7 @@ class Builder:
 
     def network(self, path: pathlib.Path, dialect: str, output: int, probe: Probe | None) -> Network:
         """What was built; ValueError if the output does not have the examples of the input."""
-        if self.shape_of(output)[:1] != (self.batch,):
+        if self.shape_of(output)[:1] != (self.batch,) or 0 in self.shape_of(output):
             raise ValueError(f"output {list(self.shape_of(output))} of {self.batch} example")
         if probe:
             size_of((len(probe.outputs), *self.shape))
