@@ -27,6 +27,7 @@ from qflax.numerics import IntegerFormat
 VERSION = 1
 _ENTRIES = ("graph.json", "codes.bin", "numbers.bin")
 _GRAPH_BYTES = 2**24  # JSON takes a multiple of its bytes; that of a ResNet-152 has 2^19.
+_NODES = 2**14  # Each is traced; a ResNet-152 has 2^11.
 _BLOCK = 2**20  # Codes that are unpacked at a time, whole bytes.
 
 
@@ -114,6 +115,8 @@ def _graph(header, codes, numbers) -> Graph:
         raise ValueError("lengths do not match")
     names = ["input", *(f"constant{i}" for i in range(len(constants)))]
     nodes = []
+    if len(header["nodes"]) > _NODES:
+        raise ValueError(f"more than {_NODES:,} nodes")
     for i, (operation, inputs, attributes, layer) in enumerate(header["nodes"]):
         if operation not in OPERATIONS:
             raise ValueError(f"unknown operation {operation!r}")

@@ -80,6 +80,7 @@ CASES = {
     "pad": small(nodes=[["pad", [0], {"padding": [[0, 0], [0, 10**12]]}, ""]]),
     "layer": small(nodes=[["sign", [0], {}, "a\nb"]]),
     "no layer": small(nodes=[["sign", [0], {}, None]]),
+    "many nodes": small(nodes=[["sign", [0], {}, ""]] * 20_000),
     "deep": "[" * 100_000,
     "other JSON": "[1]",
     "nothing": "",
