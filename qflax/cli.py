@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from qflax.errors import Interrupted, UserError
+from qflax.errors import Interrupted, UserError, one_line
 
 FAILED = 1  # Exit code of a verification that found something.
 BAD_INPUT = 2  # Exit code for anything that the user can put right.
@@ -118,18 +118,18 @@ def _config_of(options: argparse.Namespace, example: str):
         if config.value is not None:
             config.value.items()  # A file that cannot be loaded is told of only when it is used.
     except flags.Error as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     except (AttributeError, KeyError) as error:
         reason = error
         while isinstance(reason, Exception) and reason.args:
             reason = reason.args[0]  # The text; str() of a KeyError would quote and escape it.
         reason = re.sub(r'Other fields present: "{.*}"', "", str(reason), flags=re.DOTALL)
         raise UserError(
-            f"{given}: the configuration has no such field: {_one_line(reason)}; see configs/default.py "
+            f"{given}: the configuration has no such field: {one_line(reason)}; see configs/default.py "
             "and, for weights and activations, the specs in qflax/quantizers"
         ) from None
     except (OSError, ImportError, TypeError, ValueError) as error:
-        raise UserError(f"{given}: {_one_line(error)}; see configs/default.py") from None
+        raise UserError(f"{given}: {one_line(error)}; see configs/default.py") from None
     if rest:
         raise UserError(f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE")
     if config.value is None:
@@ -241,13 +241,9 @@ def _report_errors(run: Callable[[], int | None]) -> int:
     try:
         code = run()
     except UserError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except Interrupted as error:
         print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
     return code or 0
-
-
-def _one_line(error: Exception | str) -> str:
-    return " ".join(str(error).split())

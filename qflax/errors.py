@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # Characters of a line.
+
 
 class UserError(Exception):
     """Bad input: one line that says what, where, the valid choices and the remedy.
@@ -13,6 +15,12 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """A run that was asked to stop and did, having saved all; the same command continues it."""
+
+
+def one_line(text: object) -> str:
+    """As one line of printable characters; of a long one its two ends."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def closest(name: str, choices: Iterable[str]) -> str:

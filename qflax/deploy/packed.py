@@ -13,19 +13,22 @@ A ZIP archive, whose entries any tool unpacks and whose checksums find damage:
 
 import dataclasses
 import json
-import math
 import pathlib
 import zipfile
-import zlib
 
 import numpy as np
 
 from qflax.deploy.graph import OPERATIONS, Constant, Format, Graph, Node, format_from_json, format_to_json
-from qflax.errors import UserError, require
+from qflax.deploy.operations import value_shapes
+from qflax.errors import UserError, one_line
+from qflax.untrusted import TOTAL, Archive, size_of
 from qflax.numerics import IntegerFormat
 
 VERSION = 1
 _ENTRIES = ("graph.json", "codes.bin", "numbers.bin")
+_GRAPH_BYTES = 2**24  # JSON takes a multiple of its bytes; that of a ResNet-152 has 2^19.
+_NODES = 2**14  # Each is traced; a ResNet-152 has 2^11.
+_BLOCK = 2**20  # Codes that are unpacked at a time, whole bytes.
 
 
 def save(graph: Graph, path: pathlib.Path) -> None:
@@ -67,26 +70,36 @@ def load(path: pathlib.Path) -> Graph:
       UserError: no such file, none of ours, or a damaged one.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            header, codes, numbers = (archive.read(name) for name in _ENTRIES)
-        header = json.loads(header)
-        require(
-            header["version"] == VERSION, f"{path}: version {header['version']}, not {VERSION}; update qflax"
-        )
-        return _graph(header, codes, numbers)
+        with Archive(path) as archive:
+            header = json.loads(archive.read(_ENTRIES[0], _GRAPH_BYTES))
+            codes, numbers = (archive.read(name) for name in _ENTRIES[1:])
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']!r}, not {VERSION}; update qflax")
+        graph = _graph(header, codes, numbers)
+        with np.errstate(all="ignore"):
+            shapes = value_shapes(graph)  # Fails where a node does not fit its inputs.
+        for shape in shapes.values():
+            size_of(shape, least=0)
+        return graph
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, IndexError, EOFError) as error:
+    except (
+        *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError),
+        *(MemoryError, NotImplementedError, UserError),
+    ) as error:
         raise UserError(
-            f"{path}: no packed file of qflax, or a damaged one ({error}); export again"
+            f"{path}: no packed file of qflax, or a damaged one ({one_line(error)}); export again"
         ) from None
 
 
 def _graph(header, codes, numbers) -> Graph:
-    constants, places = [], [0, 0]
+    constants, places, total = [], [0, 0], 0
     for entry in header["constants"]:
         fmt = format_from_json(entry["format"]) if "format" in entry else None
-        size = math.prod(entry["shape"])
+        size = size_of(entry["shape"])
+        total += size
+        if total > TOTAL:
+            raise ValueError(f"constants of more than {TOTAL:,} elements together")
         if fmt is None:
             array = np.frombuffer(numbers, "<f4", size, places[1])
             places[1] += 4 * size
@@ -94,29 +107,43 @@ def _graph(header, codes, numbers) -> Graph:
             array = _unpack(codes, places[0], size, fmt)
             places[0] += -(-size * fmt.bits // 8)
         array = array.reshape(entry["shape"]).astype(np.float32)
-        constants.append(Constant(array=array, format=fmt, accumulator_bits=entry.get("accumulator_bits")))
+        bits = entry.get("accumulator_bits")
+        if bits is not None:
+            _whole(bits, 1, 64)
+        constants.append(Constant(array=array, format=fmt, accumulator_bits=bits))
     if [len(codes), len(numbers)] != places:
         raise ValueError("lengths do not match")
     names = ["input", *(f"constant{i}" for i in range(len(constants)))]
     nodes = []
+    if len(header["nodes"]) > _NODES:
+        raise ValueError(f"more than {_NODES:,} nodes")
     for i, (operation, inputs, attributes, layer) in enumerate(header["nodes"]):
         if operation not in OPERATIONS:
             raise ValueError(f"unknown operation {operation!r}")
+        if not isinstance(layer, str) or not layer.isprintable():
+            raise ValueError(f"layer {layer!r} is no name")
         output = f"{layer}/{operation}.{i}" if layer else f"{operation}.{i}"
-        inputs = tuple(names[number] for number in inputs)
+        inputs = tuple(names[_whole(number, 0, len(names) - 1)] for number in inputs)
         attributes = {name: _from_json(value) for name, value in attributes.items()}
         nodes.append(
             Node(operation=operation, inputs=inputs, output=output, attributes=attributes, layer=layer)
         )
         names.append(output)
+    size_of(header["shape"])
     return Graph(
         input="input",
         shape=tuple(header["shape"]),
-        output=names[header["output"]],
+        output=names[_whole(header["output"], 0, len(names) - 1)],
         nodes=tuple(nodes),
         constants=dict(zip(names[1:], constants, strict=False)),
         metadata=header["metadata"],
     )
+
+
+def _whole(value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from {least} to {most}")
+    return value
 
 
 def _constant_to_json(constant: Constant) -> dict:
@@ -150,8 +177,14 @@ def _pack(array: np.ndarray, fmt: Format) -> bytes:
 
 def _unpack(codes: bytes, start: int, size: int, fmt: Format) -> np.ndarray:
     data = np.frombuffer(codes, np.uint8, -(-size * fmt.bits // 8), start)
-    bits = np.unpackbits(data, count=size * fmt.bits, bitorder="little").reshape(size, fmt.bits)
-    patterns = bits.astype(np.int64) @ (1 << np.arange(fmt.bits))
-    if isinstance(fmt, IntegerFormat):
-        return patterns * (2 if fmt.bipolar else 1) + fmt.lowest
-    return np.asarray(fmt.decode(patterns))
+    array = np.empty(size, np.float32)
+    for first in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - first)
+        part = data[first * fmt.bits // 8 :]
+        bits = np.unpackbits(part, count=count * fmt.bits, bitorder="little").reshape(count, fmt.bits)
+        patterns = bits.astype(np.int64) @ (1 << np.arange(fmt.bits))
+        if isinstance(fmt, IntegerFormat):
+            array[first : first + count] = patterns * (2 if fmt.bipolar else 1) + fmt.lowest
+        else:
+            array[first : first + count] = fmt.decode(patterns)
+    return array

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from qflax.errors import UserError, require
+from qflax.errors import UserError, one_line, require
+from qflax.untrusted import open_file
 from qflax.models.torch_file import read_torch
 
 # NumPy's reader in the library knows no bfloat16, its parser does.
@@ -44,7 +45,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give the path of downloaded weights") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     require(state, f"{path}: an empty state dict; give the file of a model's weights")
     if all(name.startswith(_PARALLEL_PREFIX) for name in state):
         return {name.removeprefix(_PARALLEL_PREFIX): array for name, array in state.items()}
@@ -55,17 +58,22 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return {
             name: np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            for name, entry in safetensors.deserialize(path.read_bytes())
+            for name, entry in safetensors.deserialize(_bytes(path))
         }
     except KeyError as error:
         raise UserError(
             f"{path}: a tensor has the dtype {error}; save it anew as one of {', '.join(_SAFETENSORS_DTYPES)}"
         ) from error
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(
-            f"{path}: damaged or not in safetensors' format ({error}); download it again, "
+            f"{path}: damaged or not in safetensors' format ({one_line(error)}); download it again, "
             "or save it anew: safetensors.torch.save_file(model.state_dict(), 'new.safetensors')"
         ) from error
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
 
 
 _READERS = {".safetensors": _read_safetensors, ".pth": read_torch, ".pt": read_torch}

@@ -1,8 +1,9 @@
 """Reads exported networks and proves what they promise, independently of the rest of qflax.
 
-Nothing of qflax but its errors is imported: the files' formats, the number formats and the arithmetic are
-written anew, in NumPy, so that a mistake in an export cannot hide in code that both sides share. ONNX files
-need the package `onnx`; they are executed with the package `qonnx` too where that is installed.
+Nothing of qflax but its errors and the limits of files is imported: the formats of files and
+numbers and the arithmetic are written anew, in NumPy, so that a mistake in an export cannot hide in code that
+both sides share. ONNX files need the package `onnx`; they are executed with the package `qonnx` too where
+that is installed.
 """
 
 from qflax.verify.checks import load, verify

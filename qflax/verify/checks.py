@@ -4,7 +4,8 @@ import pathlib
 
 import numpy as np
 
-from qflax.errors import UserError, require
+from qflax.errors import UserError, one_line, require
+from qflax.untrusted import open_file
 from qflax.verify import packed, qonnx
 from qflax.verify.executor import run
 from qflax.verify.extremes import IntegerLayer, width
@@ -21,7 +22,7 @@ _UNIT = (0.0, 1.0)  # Range of inputs for files that do not tell.
 def load(path: pathlib.Path) -> Network:
     """The network of a packed or QONNX file; UserError if it is neither, or damaged."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(2)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -41,7 +42,8 @@ def verify(path: pathlib.Path, images: np.ndarray | None = None, labels: np.ndar
       UserError: if the file cannot be read, or the data does not fit it.
     """
     network = load(path)
-    analysis = Analysis(network)
+    with np.errstate(all="ignore"):
+        analysis = Analysis(network)
     failures, notes = [], []
     probe, difference = _compare_with_trained(network, analysis, failures)
     if network.dialect == "QONNX":
@@ -122,7 +124,8 @@ def _compare_with_trained(
 
     def observe(number: int, array: np.ndarray) -> None:
         if number in watched:
-            sums[watched[number]] = float(array.astype(np.float64).sum())
+            index = watched[number]
+            sums[index] = sums.get(index, 0.0) + float(array.astype(np.float64).sum())
 
     y = run(network, x, observe).reshape(probe.outputs.shape)
     result, difference, same = _compared(y, probe.outputs, analysis)
@@ -139,7 +142,8 @@ def _compare_with_trained(
 
 def _compared(y: np.ndarray, expected: np.ndarray, analysis: Analysis) -> tuple[str, float, bool]:
     """In words, the largest difference, and whether it is small enough."""
-    difference = float(np.abs(y.astype(np.float64) - expected).max())
+    with np.errstate(invalid="ignore"):  # Of infinite outputs.
+        difference = float(np.abs(y.astype(np.float64) - expected).max())
     if difference == 0:
         return f"{len(y)} examples, all outputs are equal", difference, True
     text = f"{len(y)} examples, largest difference {difference:.3g}"
@@ -155,16 +159,15 @@ def _place(network: Network, index: int | None) -> str:
     """Names the layers between the last sums that agree and a node; None is the network's output."""
     producers = {node.output: i for i, node in enumerate(network.nodes)}
     start = producers[network.output] if index is None else index
-    names, rest, visited = [], [start], set()
+    names, rest, visited = {}, [start], set()  # Names in order.
     while rest:
         i = rest.pop()
         visited.add(i)
-        name = network.nodes[i].layer or network.nodes[i].operation
-        if name not in names:
-            names.append(name)
+        names[network.nodes[i].layer or network.nodes[i].operation] = None
         sources = [producers[number] for number in network.nodes[i].inputs if number in producers]
         rest += [j for j in sources if j not in network.probe.sums and j not in visited]
-    return names[0] + (f" (computed from {', '.join(names[1:])})" if names[1:] else "")
+    name, *others = names
+    return name + (f" (computed from {', '.join(others)})" if others else "")
 
 
 def _compare_with_package(
@@ -181,7 +184,7 @@ def _compare_with_package(
         notes.append(f"the package {package} is not installed: the file was not executed with it")
         return
     except Exception as error:  # Whatever another program may raise.
-        failures.append(f"{package} cannot execute the file: {' '.join(f'{error!r}'.split())}")
+        failures.append(f"{package} cannot execute the file: {one_line(repr(error))}")
         return
     result, _, same = _compared(run(network, x).reshape(len(x), -1), y.reshape(len(x), -1), analysis)
     (notes if same else failures).append(f"executed with {package}: {result}")
@@ -205,6 +208,9 @@ def _measure(
         if number in owners:
             layer = owners[number]
             sums = np.rint(array / analysis.grids[number].scale)
+            require(
+                bool(np.isfinite(sums).all()), f"{network.path}: {layer.node.layer}: a sum is not a number"
+            )
             seen.setdefault(layer, []).extend((int(sums.min()), int(sums.max())))
 
     right = 0

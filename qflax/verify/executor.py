@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from qflax.errors import UserError
+from qflax.errors import UserError, one_line, require
 from qflax.verify.formats import IntegerFormat
+from qflax.verify.limits import MALFORMED, cost
 
 if typing.TYPE_CHECKING:
     from qflax.verify.network import Network
@@ -27,15 +28,21 @@ def run(
     Args:
       network: what `load` returned.
       x: [examples, *network.shape].
-      observe: is told the number and the array of every value that a node computes.
+      observe: is told the number and the array of every value that a node computes, for as many examples at
+        a time as are executed at once.
 
     Returns:
       float32 [examples, ...].
     """
-    if x.shape[1:] != network.shape:
-        raise UserError(
-            f"{network.path}: an input of {list(x.shape[1:])} was given; it takes {list(network.shape)}"
-        )
+    require(
+        x.shape[1:] == network.shape,
+        f"{network.path}: an input of {list(x.shape[1:])} was given; it takes {list(network.shape)}",
+    )
+    parts = [x[i : i + network.examples] for i in range(0, max(1, len(x)), network.examples)]
+    return np.concatenate([_run(network, part, observe) for part in parts])
+
+
+def _run(network: "Network", x: np.ndarray, observe: Callable[[int, np.ndarray], None] | None) -> np.ndarray:
     last = {i: index for index, node in enumerate(network.nodes) for i in node.inputs}
     values = {0: np.asarray(x, np.float32), **network.fixed}
     for index, node in enumerate(network.nodes):
@@ -43,19 +50,24 @@ def run(
             continue
         try:
             y = evaluate(node.operation, [values[i] for i in node.inputs], node.attributes)
-        except (ValueError, IndexError) as error:
-            raise UserError(f"{network.path}: {node.operation} of {node.layer!r}: {error}") from None
+        except MALFORMED as error:
+            raise UserError(
+                f"{network.path}: {node.operation} of {node.layer!r}: {one_line(error)}"
+            ) from None
         values[node.output] = y
         if observe:
             observe(node.output, y)
         for i in node.inputs:
             if last[i] == index and i != network.output:
                 values.pop(i, None)
-    return values[network.output]
+    y = values[network.output]
+    require(y.shape[:1] == x.shape[:1], f"{network.path}: {len(y)} outputs of {len(x)} examples")
+    return y
 
 
 def evaluate(operation: str, arrays: Sequence[np.ndarray], attributes: dict[str, typing.Any]) -> np.ndarray:
-    """float32 value of one operation of `OPERATIONS`."""
+    """float32 value of one operation of `OPERATIONS`; ValueError if it would take too much memory."""
+    cost(operation, [array.shape for array in arrays], attributes)
     with np.errstate(all="ignore"):
         return np.asarray(OPERATIONS[operation](*arrays, **attributes), np.float32)
 
@@ -109,8 +121,6 @@ def _places(x, window, strides, padding, fill) -> Iterator[np.ndarray]:
     """What every place of a window sees: [n, rows, columns, channels] each."""
     x = np.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
     rows, columns = ((size - w) // s + 1 for size, w, s in zip(x.shape[1:3], window, strides, strict=True))
-    if rows < 1 or columns < 1:
-        raise ValueError(f"the window {list(window)} is larger than the padded input {list(x.shape)}")
     for i in range(window[0]):
         for j in range(window[1]):
             yield x[:, i :: strides[0], j :: strides[1]][:, :rows, :columns]
@@ -164,7 +174,7 @@ ELEMENTARY = {
     "log": _wide(np.log),
     "tanh": _wide(np.tanh),
     "logistic": _wide(lambda x: 1 / (1 + np.exp(-x))),
-    "erf": _wide(np.vectorize(math.erf, otypes=[np.float64])),
+    "erf": _wide(lambda x: np.fromiter(map(math.erf, x.flat), np.float64, x.size).reshape(x.shape)),
     "rsqrt": _wide(lambda x: 1 / np.sqrt(x)),
     "sin": _wide(np.sin),
     "cos": _wide(np.cos),

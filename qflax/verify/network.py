@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qflax.errors import one_line
+from qflax.untrusted import ELEMENTS, TOTAL, size_of
 from qflax.verify.executor import evaluate
 from qflax.verify.formats import Format
+from qflax.verify.limits import WORK, cost
 from qflax.verify.probe import Probe
 
 
@@ -47,6 +50,7 @@ class Network:
       fixed: values that do not depend on the input: constants, and what is computed from them.
       shapes: of every value, for as many examples as the file declares.
       probe: what the trained network answered; None in files of other tools.
+      examples: how many are executed at once.
     """
 
     path: pathlib.Path
@@ -58,13 +62,14 @@ class Network:
     fixed: dict[int, np.ndarray]
     shapes: dict[int, tuple[int, ...]]
     probe: Probe | None
+    examples: int
 
 
 class Builder:
     """Takes up constants and nodes in order; every value gets the next number.
 
     It executes each node at once, for an example of zeros, so that shapes are known and a node that cannot be
-    executed is found while its file is read.
+    executed is found while its file is read. ValueError if all of it would take too much memory or time.
     """
 
     def __init__(self, shape: Sequence[int], batch: int = 1):
@@ -73,12 +78,15 @@ class Builder:
         self.nodes: list[Node] = []
         self.constants: dict[int, Format | None] = {}
         self.fixed: dict[int, np.ndarray] = {}
-        self._values = [np.zeros((batch, *self.shape), np.float32)]
+        self._largest, self._work, self._kept = size_of((batch, *self.shape)), 0, 0
+        self._values = [_zeros((batch, *self.shape))]
 
     def constant(self, array: np.ndarray, format: Format | None = None) -> int:
         """Number of a new constant."""
-        number = self._add(np.asarray(array, np.float32))
-        self.constants[number], self.fixed[number] = format, self._values[number]
+        size_of(array.shape, least=0)
+        with np.errstate(over="ignore"):
+            number = self._add(np.asarray(array, np.float32), fixed=True)
+        self.constants[number] = format
         return number
 
     def node(
@@ -90,16 +98,20 @@ class Builder:
         **attributes: typing.Any,
     ) -> int:
         """Number of a new node's output."""
-        value = evaluate(operation, [self._values[i] for i in inputs], attributes)
-        number = self._add(value)
-        if all(i in self.fixed for i in inputs):
-            self.fixed[number] = value
+        arrays = [self._values[i] for i in inputs]
+        if operation == "quantize" and inputs[1] in self.fixed:
+            _require_scale(arrays[1])
+        largest, work = cost(operation, [array.shape for array in arrays], attributes)
+        self._largest, self._work = max(self._largest, largest), self._work + work
+        self._require_work(1)
+        value = evaluate(operation, arrays, attributes)
+        number = self._add(value, fixed=all(i in self.fixed for i in inputs))
         node = Node(
             operation=operation,
             inputs=tuple(inputs),
             output=number,
             attributes=attributes,
-            layer=layer,
+            layer=one_line(layer),
             promised=promised,
         )
         self.nodes.append(node)
@@ -111,8 +123,11 @@ class Builder:
 
     def network(self, path: pathlib.Path, dialect: str, output: int, probe: Probe | None) -> Network:
         """What was built; ValueError if the output does not have the examples of the input."""
-        if self.shape_of(output)[:1] != (self.batch,):
+        if self.shape_of(output)[:1] != (self.batch,) or 0 in self.shape_of(output):
             raise ValueError(f"output {list(self.shape_of(output))} of {self.batch} example")
+        if probe:
+            size_of((len(probe.outputs), *self.shape))
+            self._require_work(-(-len(probe.outputs) // self.batch))
         return Network(
             path=path,
             dialect=dialect,
@@ -123,8 +138,30 @@ class Builder:
             fixed=self.fixed,
             shapes={number: value.shape for number, value in enumerate(self._values)},
             probe=probe,
+            examples=max(1, self.batch * ELEMENTS // self._largest),
         )
 
-    def _add(self, value: np.ndarray) -> int:
-        self._values.append(value)
-        return len(self._values) - 1
+    def _add(self, value: np.ndarray, fixed: bool) -> int:
+        self._values.append(value if fixed else _zeros(value.shape))
+        number = len(self._values) - 1
+        if fixed:
+            self.fixed[number] = value
+            self._kept += value.size
+            if self._kept > TOTAL:
+                raise ValueError(f"constants of more than {TOTAL:,} elements together")
+        return number
+
+    def _require_work(self, times: int) -> None:
+        if self._work * times > WORK:
+            raise ValueError(f"executing it takes more than {WORK:,} products")
+
+
+def _zeros(shape: Sequence[int]) -> np.ndarray:
+    """Takes no memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def _require_scale(scale: np.ndarray) -> None:
+    wrong = scale[~((scale > 0) & (scale < np.inf))]
+    if wrong.size:
+        raise ValueError(f"a scale of {wrong[0]}; scales are positive numbers")

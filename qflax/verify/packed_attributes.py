@@ -6,9 +6,6 @@ import typing
 from qflax.verify.executor import BINARY, UNARY
 from qflax.verify.formats import ROUNDINGS, Format, IntegerFormat, MinifloatFormat
 
-# What fields of the wrong kind raise.
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, MemoryError)
-
 
 def whole(value: object, least: int | None = None) -> int:
     """A JSON number without a fraction; ValueError if it is none, or below `least`."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qflax.verify.packed_attributes import whole
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
@@ -28,12 +30,13 @@ class Probe:
     def from_json(cls, fields: dict[str, typing.Any]) -> "Probe":
         """The probe in a file's metadata; ValueError, KeyError or TypeError if it is none."""
         count, low, high = fields["count"], float(fields["low"]), float(fields["high"])
-        outputs = np.array(fields["outputs"], np.float32)
+        with np.errstate(over="ignore"):
+            outputs = np.array(fields["outputs"], np.float32)
         if not (outputs.ndim == 2 and len(outputs) == count and outputs.size and np.isfinite(outputs).all()):
             raise ValueError("outputs must be a list of numbers for every example")
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("low and high must be numbers")
-        sums = {int(index): int(value) for index, value in fields.get("sums", [])}
+        sums = {whole(index): whole(value) for index, value in fields.get("sums", [])}
         return cls(low=low, high=high, outputs=outputs, sums=sums)
 
 
@@ -46,4 +49,5 @@ def probe_inputs(count: int, shape: Sequence[int], low: float, high: float) -> n
 
 def spread(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     """float32: 0 ... 255 spread over `low ... high`."""
-    return (low + (high - low) * pixels.astype(np.float64) / 255).astype(np.float32)
+    with np.errstate(all="ignore"):
+        return (low + (high - low) * pixels.astype(np.float64) / 255).astype(np.float32)

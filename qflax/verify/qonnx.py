@@ -7,9 +7,11 @@ import typing
 
 import numpy as np
 
-from qflax.errors import UserError, require
+from qflax.errors import UserError, one_line
+from qflax.verify.limits import MALFORMED
 from qflax.verify.network import Builder, Network
-from qflax.verify.packed_attributes import MALFORMED, accumulator_bits
+from qflax.verify.onnx_file import array_of, open_model
+from qflax.verify.packed_attributes import accumulator_bits
 from qflax.verify.probe import Probe
 from qflax.verify.qonnx_context import Context
 from qflax.verify.qonnx_operations import SUMS, TRANSLATIONS
@@ -20,18 +22,17 @@ METADATA = "qflax"
 
 def read(path: pathlib.Path) -> Network:
     """The network of an ONNX file; UserError if it is none, or has an operation that is not known."""
-    model = _model(path)
+    model = open_model(path)
     try:
-        return _network(path, model)
+        with np.errstate(all="ignore"):
+            return _network(path, model)
     except MALFORMED as error:
         raise UserError(f"{path}: {_line(error)}") from None
 
 
 def executor(path: pathlib.Path) -> str:
     """The package that executes a file: onnxruntime what is plain ONNX, qonnx all else."""
-    import onnx
-
-    plain = all(node.domain in ("", "ai.onnx") for node in onnx.load(path).graph.node)
+    plain = all(node.domain in ("", "ai.onnx") for node in open_model(path).graph.node)
     return "onnxruntime" if plain else "qonnx"
 
 
@@ -44,38 +45,21 @@ def execute(path: pathlib.Path, x: np.ndarray) -> np.ndarray:
     if executor(path) == "onnxruntime":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # Of what it warns of nothing changes the outputs.
+        session = onnxruntime.InferenceSession(open_model(path).SerializeToString(), options)
         name, x = session.get_inputs()[0].name, x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
         return np.concatenate([session.run(None, {name: example[None]})[0] for example in x])
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
     from qonnx.transformation.infer_shapes import InferShapes
 
-    model = ModelWrapper(str(path)).transform(InferShapes())
+    model = ModelWrapper(open_model(path)).transform(InferShapes())
     name = _input(model.graph).name
     if x.ndim == 4:
         x = x.transpose(0, 3, 1, 2)
     outputs = [execute_onnx(model, {name: example[None]}) for example in x]
     return np.concatenate([output[model.graph.output[0].name] for output in outputs])
-
-
-def _model(path: pathlib.Path):
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError:
-        raise UserError(
-            f"{path}: is no packed network; for an ONNX file install the package onnx: pip install onnx"
-        ) from None
-    try:
-        model = onnx.load(path)
-    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise UserError(f"{path}: is neither a packed network nor an ONNX file: {_line(error)}") from None
-    require(
-        len(model.graph.node) > 0 and len(model.graph.output) == 1,
-        f"{path}: is neither a packed network nor an ONNX network with one output",
-    )
-    return model
 
 
 def _input(graph):
@@ -88,8 +72,6 @@ def _input(graph):
 
 
 def _network(path: pathlib.Path, model) -> Network:
-    from onnx import numpy_helper
-
     value = _input(model.graph)
     batch, *shape = (dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
     if not all(shape):
@@ -98,7 +80,7 @@ def _network(path: pathlib.Path, model) -> Network:
     builder = Builder([shape[1], shape[2], shape[0]] if images else shape, batch or 1)
     first = builder.node("transpose", [0], "input", permutation=(0, 3, 1, 2)) if images else 0
     values = {value.name: first}
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    arrays = {tensor.name: array_of(tensor) for tensor in model.graph.initializer}
     metadata = _metadata(model)
     promises = {name: accumulator_bits(bits) for name, bits in metadata.get("accumulator_bits", {}).items()}
     for node in model.graph.node:
@@ -146,5 +128,4 @@ def _check_metadata(network: Network, metadata: dict[str, typing.Any]) -> None:
 
 
 def _line(error: Exception) -> str:
-    text = f"no {error}" if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split())
+    return one_line(f"no {error}" if isinstance(error, KeyError) else error)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qflax.verify import qonnx_quantizers as quantizers
+from qflax.verify.onnx_file import array_of
 from qflax.verify.qonnx_context import Context
 
 SUMS = ("Conv", "MatMul", "Gemm")  # Operations with an accumulator.
@@ -13,13 +14,11 @@ _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def _constant(c: Context) -> None:
-    from onnx import numpy_helper
-
     (kind, value), *rest = c.attributes.items()
     if rest or kind not in ("value", "value_float", "value_floats", "value_int", "value_ints"):
         raise ValueError(f"constants of {sorted(c.attributes)} are not known")
     dtype = np.float32 if "float" in kind else np.int64
-    c.arrays[c.output] = numpy_helper.to_array(value) if kind == "value" else np.array(value, dtype)
+    c.arrays[c.output] = array_of(value) if kind == "value" else np.array(value, dtype)
 
 
 def _pads(

@@ -12,6 +12,8 @@ from qflax.verify.extremes import IntegerLayer
 from qflax.verify.formats import Format, IntegerFormat
 from qflax.verify.network import Network, Node
 
+_LARGEST = 2**62  # Integers that int64 holds, with a bit to spare.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
@@ -69,7 +71,9 @@ class Analysis:
             self._set(node.output, getattr(self, f"_{node.operation}", self._nothing)(node))
 
     def _set(self, number: int, grid: Grid | None) -> None:
-        if grid is not None:
+        if grid is None or max(-grid.low, grid.high) > _LARGEST:
+            return
+        if np.all((grid.scale > 0) & (grid.scale < np.inf)):
             self.grids[number] = grid
 
     def _nothing(self, node: Node) -> None:
@@ -123,7 +127,7 @@ class Analysis:
 
     def _codes(self, node: Node, quotients: np.ndarray) -> np.ndarray:
         codes = np.rint(quotients)
-        far = np.abs(quotients - codes) > 1e-3 + 1e-6 * np.abs(codes)
+        far = ~(np.abs(quotients - codes) <= 1e-3 + 1e-6 * np.abs(codes))
         require(
             not far.any(),
             f"{self.network.path}: {node.layer}: {far.sum()} weights are no multiples of their scale",

@@ -171,14 +171,14 @@ def test_minifloats_are_those_of_training(rounding, fields):
     np.testing.assert_array_equal(y[fine].view(np.uint32), expected[fine].view(np.uint32))
 
 
-def test_nothing_of_qflax_but_its_errors_is_imported():
+def test_nothing_of_qflax_but_its_errors_and_limits_is_imported():
     files = list(pathlib.Path(qflax.verify.__file__).parent.glob("*.py"))
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
-                ours = name.startswith("qflax") and not name.startswith(("qflax.errors", "qflax.verify"))
-                assert not ours, f"{file}: {name}"
+                known = name.startswith(("qflax.errors", "qflax.untrusted", "qflax.verify"))
+                assert known or not name.startswith("qflax"), f"{file}: {name}"
     code = "import sys, qflax.verify; sys.exit(bool({'jax', 'flax', 'onnx', 'qonnx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
