@@ -1,7 +1,20 @@
 """Errors that a user can act on."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_LONGEST = 300  # Characters of a value in a message.
+
+# What to do about errors of the operating system.
+_REMEDIES = {
+    errno.ENOSPC: "free space there, or choose another folder",
+    errno.EDQUOT: "free space within your quota, or choose another folder",
+    errno.EROFS: "choose a folder on a file system that can be written to",
+    errno.EACCES: "check its permissions, or choose another path",
+    errno.EPERM: "check its permissions, or choose another path",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
 
 
 class UserError(Exception):
@@ -28,3 +41,24 @@ def choose(field: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise UserError(f"{field}={value!r}: unknown{closest(value, choices)}; choices: {', '.join(choices)}")
+
+
+def shown(value: object, *, plain: bool = False) -> str:
+    """Returns the value's `repr` (`plain`: its text) on one line, without the middle of a long one."""
+    text = " ".join((str if plain else repr)(value).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def told(error: Exception) -> str | None:
+    """Returns what to tell the user of an error, or None of one that is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # Of JAX, on a device.
+    ):
+        return f"out of memory ({shown(error, plain=True)}); lower config.batch_size or config.eval_batch_size"
+    if isinstance(error, OSError) and error.errno is not None:  # Those without are of libraries.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        remedy = _REMEDIES.get(error.errno)
+        return f"{where}{error.strerror}" + (f"; {remedy}" if remedy else "")
+    return None
