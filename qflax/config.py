@@ -186,7 +186,6 @@ def validate(config: Mapping) -> None:
     Raises:
       UserError: one line that names the field, its value, the choices and the remedy.
     """
-    require(hasattr(config, "items"), f"config={shown(config)}: must be a mapping of fields")
     for i, (field, value) in enumerate(_parts("config", config)):
         require(i < _MOST_PARTS, f"{field}: the configuration has more than {_MOST_PARTS} values; shorten it")
         _require_plain(field, value)

@@ -14,7 +14,8 @@ FORMAT = "array_record"  # The one format of TFDS that is read and written witho
 
 def root(data_dir: str | None) -> pathlib.Path:
     """Returns `data_dir`, else TFDS_DATA_DIR of the environment, else TFDS's ~/tensorflow_datasets."""
-    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return pathlib.Path(os.path.expanduser(folder))
 
 
 def open_builder(

@@ -12,6 +12,7 @@ A ZIP archive, whose entries any tool unpacks and whose checksums find damage:
 """
 
 import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -22,6 +23,7 @@ import numpy as np
 
 from qflax.deploy.graph import OPERATIONS, Constant, Format, Graph, Node, format_from_json, format_to_json
 from qflax.errors import UserError, require
+from qflax.files import write_atomically
 from qflax.numerics import IntegerFormat
 
 VERSION = 1
@@ -55,9 +57,11 @@ def save(graph: Graph, path: pathlib.Path) -> None:
         b"".join(_pack(c.array, c.format) for c in constants if c.format is not None),
         b"".join(c.array.astype("<f4").tobytes() for c in constants if c.format is None),
     )
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, part in zip(_ENTRIES, parts, strict=True):
             archive.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED, 9)
+    write_atomically(path, content.getvalue())
 
 
 def load(path: pathlib.Path) -> Graph:
