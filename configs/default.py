@@ -146,6 +146,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.milestone_factor = 0.1
     config.weight_decay = 2e-4  # Not on biases, norms and quantizers. Of adam decoupled.
     config.gradient_clip = 0.0  # Largest global norm of the gradient; 0 is off.
+    # Steps in a row that are skipped because a loss, a gradient or what an update makes of the state is not
+    # finite. One more stops the run, with the name of the layer.
+    config.skip_bad_steps = 0
     config.loss = "cross_entropy"  # cross_entropy or squared_hinge.
     config.label_smoothing = 0.1
     # Distillation: (1 - weight) * loss + weight * temperature^2 * KL divergence of the teacher's softened

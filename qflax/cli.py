@@ -7,12 +7,13 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from qflax.errors import UserError, require, shown, told
+from qflax.errors import Interrupted, UserError, require, shown, told
 
 FAILED = 1  # Exit code of a verification that found something.
 BAD_INPUT = 2  # Exit code for anything that the user can put right.
+INTERRUPTED = 75  # Exit code of a run that was asked to stop: EX_TEMPFAIL, "try again later".
+ABORTED = 130  # Exit code of anything else after Ctrl-C, as shells have it.
 _LONGEST = 1400  # Characters of an error's line; the remedy is at its end.
-INTERRUPTED = 130  # Exit code after Ctrl-C, as shells have it.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -230,16 +231,20 @@ def _verify(options: argparse.Namespace) -> int:
 def _report_errors(run: Callable[[], int | None]) -> int:
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file that it writes.
+    # Orbax tells of every file that it writes, and with tracebacks of errors that it raises as well.
+    logging.set_verbosity(logging.FATAL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Paths may be no text.
     try:
         code = run()
         sys.stdout.flush()
+    except Interrupted as error:
+        print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return ABORTED
     except BrokenPipeError:  # Who reads the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

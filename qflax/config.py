@@ -14,7 +14,8 @@ from qflax.quantizers import CALIBRATIONS
 
 FILE = "config.json"
 
-# Fields that change where and how fast a run goes, not what comes out; a resumed run may change them.
+# Fields that change where and how fast a run goes, not what comes out, and what to do about bad steps, of
+# which there were none that a run went on from; a resumed run may change them.
 OPERATIONAL = (
     "data_dir",
     "num_workers",
@@ -24,6 +25,7 @@ OPERATIONAL = (
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "skip_bad_steps",
 )
 
 
@@ -158,6 +160,7 @@ FIELDS = {
     "milestone_factor": _FRACTION,
     "weight_decay": _NOT_NEGATIVE,
     "gradient_clip": _NOT_NEGATIVE,
+    "skip_bad_steps": _number(0, 2**24, integer=True),
     "loss": _one_of("cross_entropy", "squared_hinge"),
     "label_smoothing": _BELOW_ONE,
     "distillation": {"teacher": _TEXT, "weight": _FRACTION, "temperature": _POSITIVE},

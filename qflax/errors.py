@@ -24,6 +24,10 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """A run that was asked to stop and did, having saved all; the same command continues it."""
+
+
 def closest(name: str, choices: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the choice nearest to `name`, or "" if none is near."""
     matches = difflib.get_close_matches(str(name), list(choices), n=1)

@@ -2,45 +2,32 @@
 
 import os
 import pathlib
-import tempfile
 
 from qflax.errors import require
 
 
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
-    """Writes a file beside its place and then moves it there, so that no reader ever finds a part of it.
+    """Writes a file in place of what was there; whoever interrupts it leaves the old one or the new one.
 
-    Args:
-      path: of the file; one that is there already is replaced.
-      data: all of its content; text becomes UTF-8.
+    Raises:
+      OSError: it cannot be written; what was there stays.
     """
-    mode = "wb" if isinstance(data, bytes) else "w"
-    encoding = None if isinstance(data, bytes) else "utf-8"
-    unfinished = tempfile.NamedTemporaryFile(
-        mode, encoding=encoding, prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent, delete=False
-    )
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished as file:
-            file.write(data)
+        with unfinished.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(unfinished.name, 0o666 & ~_umask())  # Temporary files are their owner's alone.
-        os.replace(unfinished.name, path)
+        unfinished.replace(path)
     except BaseException:
-        os.unlink(unfinished.name)
+        unfinished.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def require_makeable(folder: pathlib.Path) -> None:
     """Raises `UserError` where no such folder can be made or written to, before anything is computed for it."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    require(existing.is_dir(), f"{folder}: {existing} is a file; choose another folder")
+    require(existing.is_dir(), f"{folder}: {existing} is no folder; choose another one")
     require(
         os.access(existing, os.W_OK | os.X_OK),
         f"{folder}: nothing can be written to {existing}; change its permissions, or choose another folder",

@@ -105,9 +105,10 @@ atexit.register(_free_shared_memory)
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Has a worker end with the program, however that ends, and leave Ctrl-C to it."""
+    """Has a worker end with the program, however that ends, and leave requests to stop to it."""
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # They may be sent to all processes of a group.
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_program, daemon=True).start()
 
 

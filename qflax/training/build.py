@@ -125,6 +125,7 @@ def hyperparameters(config: ml_collections.ConfigDict) -> Hyperparameters:
         "gradient_clip",
         "ema_decay",
         "label_smoothing",
+        "skip_bad_steps",
     )
     return as_numbers(**{name: config[name] for name in names})
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 import tensorboardX
 from tqdm import tqdm
 
+from qflax.errors import UserError
+from qflax.files import write_atomically
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -16,32 +19,33 @@ TENSORBOARD_FOLDER = "tensorboard"
 class Logs:
     """Writes numbers to `metrics.jsonl` and `tensorboard/` in the workdir.
 
-    A resumed run continues them: lines and events after the step that it resumes from are dropped, so
-    that nothing is there twice.
+    A resumed run continues them: lines and events after the last step that it need not log again are
+    dropped, so that nothing is there twice.
 
     Attributes:
       seconds: spent in training steps so far, over all starts of the run; compilation included.
       last_train: the last training metrics before this start, or an empty dict.
     """
 
-    def __init__(self, workdir: pathlib.Path, resumed_step: int):
-        """Opens the logs of a run that starts or continues at `resumed_step`."""
+    def __init__(self, workdir: pathlib.Path, logged_step: int):
+        """Opens the logs of a run that starts or continues; up to `logged_step` all is logged.
+
+        Raises:
+          UserError: `metrics.jsonl` is damaged.
+        """
         path = workdir / METRICS_FILE
-        parsed = [(line, json.loads(line)) for line in _lines(path)]
+        parsed = [(line, _row(path, number, line)) for number, line in enumerate(_lines(path), 1)]
         # The final evaluation of a run that ended within it comes again.
         parsed = [
-            (line, row) for line, row in parsed if row["step"] <= resumed_step and row["group"] != "test"
+            (line, row) for line, row in parsed if row["step"] <= logged_step and row["group"] != "test"
         ]
-        kept = [line for line, _ in parsed]
         train = [row for _, row in parsed if row["group"] == "train"]
         self.last_train = train[-1] if train else {}
         self.seconds = self.last_train.get("seconds", 0.0)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(kept))
-        unfinished.replace(path)
+        write_atomically(path, "".join(line for line, _ in parsed))
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1, flush_secs=30
+            str(workdir / TENSORBOARD_FOLDER), purge_step=logged_step + 1, flush_secs=30
         )
 
     def write(self, step: int, scalars: Mapping[str, float], group: str) -> None:
@@ -93,7 +97,8 @@ class Progress:
         left_text = f"{int(left) // 60}m{int(left) % 60:02}s" if left < 3600 else f"{left / 3600:.1f}h"
         self.say(f"step {self._step}/{self._total}  epoch {epoch:.2f}  {text}  left {left_text}")
 
-    def say(self, text: str) -> None:
+    @staticmethod
+    def say(text: str) -> None:
         """Prints a line without disturbing the bar."""
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
@@ -108,4 +113,22 @@ def _lines(path: pathlib.Path) -> list[str]:
     """The complete lines of a file, or none where there is no file."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        raise _damaged(path, 1) from None
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _row(path: pathlib.Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "group" not in row:
+        raise _damaged(path, number)
+    return row
+
+
+def _damaged(path: pathlib.Path, number: int) -> UserError:
+    return UserError(f"{path}: line {number} is damaged; take it out, or put the file back from a copy")

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import ml_collections
@@ -12,15 +13,19 @@ import numpy as np
 
 from qflax import config as config_lib
 from qflax.data import load_training
-from qflax.errors import require
+from qflax.errors import Interrupted, UserError, require
+from qflax.files import write_atomically
 from qflax.layers import sizes
 from qflax.quantizers import PARAMETERS, STATISTICS, widths_frozen
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
-from qflax.training.checkpoints import FOLDER, Checkpoints
+from qflax.training.checkpoints import FOLDER, Checkpoints, CheckpointWriter, Restored
+from qflax.training.diagnosis import first_not_finite
+from qflax.training.interruption import Interruption
+from qflax.training.lock import locked
 from qflax.training.logs import Logs, Progress
-from qflax.training.meter import Meter, require_finite
+from qflax.training.meter import Meter
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
 from qflax.training.start import starting_variables
@@ -32,6 +37,9 @@ from qflax.training.table import cost_table, cost_totals
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
     """Trains as the configuration says, or goes on where an interrupted run of it stopped.
 
+    SIGTERM or Ctrl-C has it save a checkpoint after the step that it is making. From there, or from the last
+    checkpoint if it ended otherwise, the next call goes on to the very same result.
+
     Args:
       config: see `configs/default.py`.
       workdir: receives everything: configuration, checkpoints, logs, result.
@@ -40,22 +48,26 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
       The result, as written to `result.json`.
 
     Raises:
-      UserError: bad input; divergence.
+      UserError: bad input; divergence; a full disk.
+      Interrupted: asked to stop by a signal.
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config)
-    config_lib.check_unchanged(config, workdir)
-    if (workdir / workdir_lib.RESULT_FILE).exists():
-        return json.loads((workdir / workdir_lib.RESULT_FILE).read_text())
-    return Trainer(config, workdir).run()
+    with Interruption() as interruption, locked(workdir):
+        with interruption.at_once():
+            config_lib.check_unchanged(config, workdir)
+            if (workdir / workdir_lib.RESULT_FILE).exists():
+                return workdir_lib.load_result(workdir)
+            trainer = Trainer(config, workdir, interruption)
+        return trainer.run()
 
 
 class Trainer:
     """One run."""
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, interruption: Interruption):
         """Builds all parts; the workdir is written only when they are known to fit."""
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.interruption = config, workdir, interruption
         self.devices = Devices(config.num_devices, config.batch_size)
         build.check_quantization(config)
         self.step = build.train_step(config, self.devices)
@@ -70,6 +82,7 @@ class Trainer:
             config.batch_size <= self.num_examples,
             f"config.batch_size={config.batch_size}: there are {self.num_examples} training images; lower it",
         )
+        self.stream = stream_of(self.train_set, config.seed, config.batch_size, self.devices)
         self.rates = build.learning_rates(config, self.num_examples)
         self.numbers = (
             build.hyperparameters(config),
@@ -79,105 +92,142 @@ class Trainer:
         self.evaluate = None
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
-        self.state, self.start = self._initial_state()
         self.origin = provenance(len(self.devices))
+        self.state, self.start, record = self._initial_state()
+        self.logged_step = record.get("logged_step", self.start)
         config_lib.save(config, workdir)
         workdir_lib.record_start(workdir, self.start, self.origin)
-        self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(workdir, config.keep_checkpoints)
+        self.logs = Logs(workdir, self.logged_step)
+        self.last = self.logs.last_train
+        self.meter = Meter(config.batch_size, self.logs.seconds, record.get("unlogged"))
+        self.progress = Progress(len(self.rates), self.start, self.num_examples / config.batch_size)
 
     def run(self) -> dict[str, object]:
         """Trains to the end and evaluates on the test split."""
-        logs = Logs(self.workdir, self.start)
-        progress = Progress(len(self.rates), self.start, self.num_examples / self.config.batch_size)
-        progress.say(f"{self.origin['device']}, {self.num_examples} training images")
+        self.progress.say(f"{self.origin['device']}, {self.num_examples} training images")
         try:
-            state, last = self._steps(logs, progress)
-            return self._finish(state, last, logs)
+            state = self._steps()
+            self.checkpoints.wait()
+            with self.interruption.at_once():
+                return self._finish(state)
         finally:
-            progress.close()
-            logs.close()
+            self.progress.close()
+            self.logs.close()
             self.checkpoints.close()
 
-    def _initial_state(self) -> tuple[TrainState, int]:
-        """The state to go on from, and its step; writes nothing."""
+    def _initial_state(self) -> Restored:
+        """The state to go on from, its step, and what the run that saved it had yet to do."""
         config = self.config
         if (self.workdir / FOLDER).is_dir():
-            checkpoints = Checkpoints(self.workdir, read_only=True)
-            latest = checkpoints.latest_step()
-            if latest is not None:
-                return checkpoints.restore(build.abstract_state(config), latest), latest
+            abstract = build.abstract_state(config)
+            restored = Checkpoints(self.workdir).restore_latest(abstract, Progress.say)
+            if restored is not None:
+                return restored
         batches = CalibrationBatches(config, self.train_set)
-        return build.state(config, starting_variables(config, batches)), 0
+        return Restored(build.state(config, starting_variables(config, batches)), 0, {})
 
-    def _steps(self, logs: Logs, progress: Progress) -> tuple[TrainState, dict[str, float]]:
-        """Makes all steps that are left; returns the last training metrics too.
-
-        What is due within a dispatch is done at its end.
-        """
-        config, total, num_epoch_steps = (
-            self.config,
-            len(self.rates),
-            self.num_examples / self.config.batch_size,
-        )
-        eval_every = max(round(config.eval_every_epochs * num_epoch_steps), 1)
+    def _steps(self) -> TrainState:
+        """Makes all steps that are left."""
         dispatch, dispatches = self._dispatching()
-        meter, last = Meter(logs.seconds, config.batch_size), logs.last_train
         state, step, self.state = self.devices.replicate(self.state), self.start, None
+        if self.logged_step < step:
+            self._attend(state, self.logged_step, step)
         with contextlib.closing(dispatches):
             for end, data in dispatches:
                 state, metrics = dispatch(state, data, self.rates[step:end], *self.numbers)
-                meter.add(metrics)
-                progress.advance(end)
-
-                def due(every, step=step, end=end):
-                    return end == total or end // every > step // every
-
-                evaluating = self.evaluate is not None and due(eval_every)
-                saving = evaluating or due(config.checkpoint_every_steps)
-                if saving or due(config.log_every_steps):
-                    before, last = last, meter.read(end, self._last_good)
-                    logs.write(end, last, "train")
-                    progress.show(last)
-                    if last.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
-                        progress.say(f"the widths are frozen at {last['weight_kib']:.2f} KiB of weights")
-                if saving:
-                    self._evaluate_and_save(state, end, evaluating, logs, progress)
-                    meter.restart()
+                self.meter.add(metrics)
+                self.progress.advance(end)
+                self._attend(state, step, end)
                 step = end
-        return state, last
+        return state
+
+    def _attend(self, state: TrainState, before: int, end: int) -> None:
+        """Does what is due after the steps from `before` to `end`.
+
+        Where it is asked to stop, it saves the state and leaves that to the next start.
+        """
+        config, total = self.config, len(self.rates)
+        eval_every = max(round(config.eval_every_epochs * self.num_examples / config.batch_size), 1)
+
+        def due(every):
+            return end == total or end // every > before // every
+
+        evaluating = self.evaluate is not None and due(eval_every)
+        saving = evaluating or due(config.checkpoint_every_steps)
+        try:
+            self.interruption.check()
+            if not (saving or due(config.log_every_steps)):
+                return
+            self._require_finite(state, end)
+            validation = None
+            train = self.meter.read()
+            if evaluating:
+                with self.interruption.at_once():
+                    validation = self.evaluate(state.served)
+        except Interrupted as error:
+            self._stop(state, before, end, error)
+        self._log_training(end, train)
+        if validation is not None:
+            self.logs.write(end, validation, "validation")
+            self.progress.say(f"step {end}  validation accuracy {validation['accuracy']:.2%}")
+        if saving:
+            self._log_and_save(state, end, validation)
+        self.meter.logged()
+
+    def _stop(self, state: TrainState, before: int, end: int, error: Interrupted) -> NoReturn:
+        self._require_finite(state, end)
+        if end > self.start:
+            record = {"logged_step": before, "unlogged": self.meter.unlogged()}
+            self.checkpoints.save(jax.device_get(state), end, record=record)
+        raise Interrupted(f"{error}, after step {end} of {len(self.rates)}") from None
+
+    def _require_finite(self, state: TrainState, end: int) -> None:
+        """Raises `UserError` with the step, the layer and the remedy where a step stopped the run."""
+        bad = self.meter.first_bad(self.config.skip_bad_steps)
+        if bad is None:
+            return
+        step = end - bad
+        ((_, data),) = self.stream.dispatches(step - 1, step, 1)
+        arguments = (state, data, self.stream.axes, self.rates[step - 1], *self.numbers)
+        what = first_not_finite(self.step, self.devices, *arguments)
+        self.checkpoints.wait()
+        sound = Checkpoints(self.workdir).latest_sound()
+        raise UserError(
+            f"step {step} is not finite, first of all {what}; "
+            + (f"the last good checkpoint is {sound}" if sound else "there is no checkpoint yet")
+            + "; start again in another --workdir with a lower config.learning_rate or "
+            "config.quantizer_learning_rate or with config.gradient_clip, or run the same command with "
+            "config.skip_bad_steps to pass over such steps"
+        )
+
+    def _log_training(self, step: int, train: dict[str, float]) -> None:
+        before, self.last = self.last, train
+        self.logs.write(step, train, "train")
+        self.progress.show(train)
+        if train.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
+            self.progress.say(f"the widths are frozen at {train['weight_kib']:.2f} KiB of weights")
 
     def _dispatching(self) -> tuple[Callable, Iterator]:
         """The mapped steps of a dispatch, and (end, data) of each dispatch."""
         config, on_cpu = self.config, self.devices.platform == "cpu"
-        stream = stream_of(self.train_set, config.seed, config.batch_size, self.devices)
-        steps = config.steps_per_dispatch or (1 if on_cpu else stream.usual_steps)
+        steps = config.steps_per_dispatch or (1 if on_cpu else self.stream.usual_steps)
         steps = min(steps, self.num_examples // config.batch_size)
         many = functools.partial(self.step.many, unroll=on_cpu)
-        mapped = self.devices.pmap(many, donate=True, data_axes=stream.axes)
-        return mapped, stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
+        mapped = self.devices.pmap(many, donate=True, data_axes=self.stream.axes)
+        return mapped, self.stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
 
-    def _evaluate_and_save(self, state, step, evaluating, logs, progress) -> None:
-        validation = self.evaluate(state.served) if evaluating else None
-        if validation is not None:
-            logs.write(step, validation, "validation")
-            progress.say(f"step {step}  validation accuracy {validation['accuracy']:.2%}")
+    def _log_and_save(self, state: TrainState, step: int, validation: dict[str, float] | None) -> None:
         host = jax.device_get(state)
-        require_finite(host.trained, step, self._last_good)
         costs = build.measure_costs(self.config, host.served)
         frozen = widths_frozen(host.observed[STATISTICS])
         if frozen is not None and not frozen:
             validation = None  # It shall not be the best: its widths are not yet what they will be.
-        logs.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
-        logs.write(step, _per_layer(costs, host.variables), "layers")
+        self.logs.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
+        self.logs.write(step, _per_layer(costs, host.variables), "layers")
         self.checkpoints.save(host, step, validation)
 
-    def _last_good(self) -> str:
-        step = self.checkpoints.latest_step()
-        if step is None:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {self.workdir / FOLDER / str(step)}"
-
-    def _finish(self, state: TrainState, last: dict[str, float], logs: Logs) -> dict[str, object]:
+    def _finish(self, state: TrainState) -> dict[str, object]:
         """Evaluates on the test split, once, and writes the result."""
         config = self.config
         validation = self.evaluate(state.served) if self.evaluate is not None else {}
@@ -185,13 +235,13 @@ class Trainer:
         served = jax.device_get(state.served)
         costs = build.measure_costs(config, served)
         steps = len(self.rates)
-        seconds = logs.seconds
+        seconds = self.logs.seconds
         result = {
             "test_accuracy": test["accuracy"],
             "test_top5_accuracy": test["top5_accuracy"],
             "test_loss": test["loss"],
             "validation_accuracy": validation.get("accuracy"),
-            "train_loss": last.get("loss"),
+            "train_loss": self.last.get("loss"),
             "epochs": steps * config.batch_size / self.num_examples,
             "steps": steps,
             "train_seconds": seconds,
@@ -201,10 +251,10 @@ class Trainer:
             **_widths(config, costs, served),
             **self.origin,
         }
-        logs.write(steps, test, "test")
+        self.logs.write(steps, test, "test")
         table = cost_table(costs, config.size_targets, config.size_strengths)
-        (self.workdir / workdir_lib.TABLE_FILE).write_text(table + "\n")
-        (self.workdir / workdir_lib.RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(self.workdir / workdir_lib.TABLE_FILE, table + "\n")
+        write_atomically(self.workdir / workdir_lib.RESULT_FILE, json.dumps(result, indent=2) + "\n")
         return result
 
 

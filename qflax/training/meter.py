@@ -1,21 +1,22 @@
 """Training metrics and speed, read from the devices as rarely as possible."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from qflax.errors import UserError
-
 
 class Meter:
-    """Training metrics and speed since the last reading; the only place that waits for the devices."""
+    """Training metrics and speed since they were last logged; the only place that waits for the devices."""
 
-    def __init__(self, seconds: float, batch_size: int):
-        """Continues to count from `seconds`."""
-        self._seconds, self._batch_size = seconds, batch_size
-        self._pending = []
+    def __init__(self, batch_size: int, seconds: float = 0.0, unlogged: Mapping | None = None):
+        """Counts on from `seconds`, or from what an interrupted run's meter had in `unlogged`."""
+        self._batch_size = batch_size
+        record = unlogged or {"seconds": seconds, "elapsed": 0.0, "rows": {}}
+        self._seconds, self._elapsed = record["seconds"], record["elapsed"]
+        rows = {name: np.float32(values) for name, values in record["rows"].items()}
+        self._pending = [rows] if rows else []
         self.restart()
 
     def restart(self) -> None:
@@ -26,46 +27,42 @@ class Meter:
         """Keeps the metrics [steps] of a dispatch, without waiting for them."""
         self._pending.append(metrics)
 
-    def read(self, step: int, last_good: Callable[[], str]) -> dict[str, float]:
-        """Means over the steps since the last reading, images/s and training seconds so far.
-
-        Raises:
-          UserError: a loss or a gradient is not finite; names the first such step, and `last_good()`.
-        """
+    def rows(self) -> dict[str, np.ndarray]:
+        """Metrics [steps] of all steps that are not logged yet; empty where there are none."""
         rows = jax.device_get(self._pending)
-        self._pending = []
-        columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        for name, what in (("loss", "loss"), ("gradient_norm", "gradient's norm")):
-            bad = np.flatnonzero(~np.isfinite(columns[name]))
-            if bad.size:
-                first = step - len(columns[name]) + int(bad[0]) + 1
-                raise _divergence(f"the {what} of step {first} is {columns[name][bad[0]]}", last_good)
-        elapsed = time.monotonic() - self._began
-        self._seconds += elapsed
+        self._elapsed += time.monotonic() - self._began
         self.restart()
-        means = {name: float(np.mean(values)) for name, values in columns.items()}
+        columns = {name: np.concatenate([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        self._pending = [columns] if rows else []
+        return columns
+
+    def first_bad(self, most: int) -> int | None:
+        """The first step with more than `most` bad ones in a row, counted from the last (0), or None."""
+        bad = np.flatnonzero(self.rows().get("bad_steps", np.zeros(0)) > most)
+        return len(self.rows()["bad_steps"]) - 1 - int(bad[0]) if bad.size else None
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps that are not logged yet, images/s and training seconds so far.
+
+        Steps that were skipped are counted (`skipped_steps`, where there are any), but are in no mean.
+        """
+        columns = dict(self.rows())
+        kept = columns.pop("bad_steps") == 0
+        means = {name: float(np.mean(values[kept])) for name, values in columns.items() if kept.any()}
         means["learning_rate"] = float(columns["learning_rate"][-1])
-        means["images_per_second"] = len(columns["loss"]) * self._batch_size / elapsed
-        means["seconds"] = self._seconds
+        means["images_per_second"] = len(kept) * self._batch_size / self._elapsed
+        means["seconds"] = self._seconds + self._elapsed
+        if not kept.all():
+            means["skipped_steps"] = float(np.sum(~kept))
         return means
 
+    def logged(self) -> None:
+        """Forgets what has been read and logged."""
+        self._pending = []
+        self._seconds, self._elapsed = self._seconds + self._elapsed, 0.0
+        self.restart()
 
-def require_finite(trained, step: int, last_good: Callable[[], str]) -> None:
-    """Raises `UserError` if a parameter is not finite, so that no such state is ever saved.
-
-    Args:
-      trained: tree of host arrays.
-      step: number of updates made.
-      last_good: tells where the last good checkpoint is.
-    """
-    for path, value in jax.tree_util.tree_leaves_with_path(trained):
-        if not np.isfinite(value).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise _divergence(f"{name} is not finite after step {step}", last_good)
-
-
-def _divergence(what: str, last_good: Callable[[], str]) -> UserError:
-    return UserError(
-        f"{what}; {last_good()}; start again in another --workdir with a lower config.learning_rate or "
-        "config.quantizer_learning_rate, or with config.gradient_clip"
-    )
+    def unlogged(self) -> dict:
+        """What a resumed run's meter goes on from, in the types of JSON."""
+        rows = {name: values.tolist() for name, values in self.rows().items()}
+        return {"seconds": self._seconds, "elapsed": self._elapsed, "rows": rows}

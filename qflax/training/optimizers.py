@@ -23,6 +23,7 @@ class Hyperparameters:
       gradient_clip: largest global norm of the weights' gradient; inf is off.
       ema_decay: weight of the old average.
       label_smoothing: probability moved to the uniform distribution.
+      skip_bad_steps: how many steps in a row may be skipped because they are not finite.
     """
 
     learning_rate: jax.Array
@@ -32,6 +33,7 @@ class Hyperparameters:
     gradient_clip: jax.Array
     ema_decay: jax.Array
     label_smoothing: jax.Array
+    skip_bad_steps: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

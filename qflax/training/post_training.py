@@ -15,6 +15,7 @@ import numpy as np
 from qflax import config as config_lib
 from qflax.data import load_training
 from qflax.errors import UserError, require
+from qflax.files import write_atomically
 from qflax.ptq.allocation import allocate, rules_of
 from qflax.ptq.divergence import compare_outputs
 from qflax.ptq.recipe import Networks, Settings, apply_recipe, check_recipe
@@ -26,7 +27,6 @@ from qflax.quantizers import ROLES
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
-from qflax.training.checkpoints import Checkpoints
 from qflax.training.logs import Logs, Progress
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
@@ -101,19 +101,15 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
         **cost_totals(costs),
         **origin,
     }
-    config_lib.save(config, workdir)
-    workdir_lib.record_start(workdir, 0, origin)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(state, 0)
-    checkpoints.close()
+    workdir_lib.save_start(config, workdir, state, origin)
     logs = Logs(workdir, 0)
     for i, row in enumerate(rows):
         logs.write(i, {name: x for name, x in row.items() if name != "method"}, "ptq")
     logs.write(0, test, "test")
     logs.close()
     for name, table in tables.items():
-        (workdir / name).write_text(table + "\n")
-    (workdir / workdir_lib.RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(workdir / name, table + "\n")
+    write_atomically(workdir / workdir_lib.RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -26,6 +26,7 @@ class TrainState:
       observed: `batch_stats` and `quantizer_stats`.
       opt_state: of the optimizer.
       average: exponential averages of `trained` and `batch_stats`, or an empty dict.
+      bad_steps: number of steps in a row, up to this one, that were not finite, int32.
     """
 
     step: jax.Array
@@ -33,6 +34,7 @@ class TrainState:
     observed: dict
     opt_state: optax.OptState
     average: dict
+    bad_steps: jax.Array
 
     @property
     def variables(self) -> dict:
@@ -64,6 +66,7 @@ def create_state(
         observed=observed,
         opt_state=optimizer.init(trained),
         average=jax.tree.map(jnp.copy, averages),
+        bad_steps=jnp.zeros((), jnp.int32),
     )
 
 

@@ -108,15 +108,35 @@ class TrainStep:
         penalties: Penalties,
         teacher: Teacher | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Makes one step; arguments and results as of `many`, for one step."""
-        key = jax.random.key(data.seed)
-        images, labels = self._batch(jax.random.fold_in(key, 0), state.step, index, data)
-        labels = smooth(labels, numbers.label_smoothing)
-        soft_labels = None if teacher is None else teacher(images)
-        inputs = normalize(images, self.mean, self.std)
-        # The same on all devices, so that stochastically rounded weights are the same on all.
-        rngs = {"quantization": jax.random.fold_in(jax.random.fold_in(key, 1), state.step)}
+        """Makes one step; arguments and results as of `many`, for one step.
 
+        A step that is not finite changes no parameter: up to `numbers.skip_bad_steps` in a row are passed
+        over, and after one more the state stays as it was before that one.
+        """
+        updated, metrics, _ = self.update(state, index, data, relative_rate, numbers, penalties, teacher)
+        finite = _all_finite((metrics, updated.trained, updated.observed))
+        stuck = state.bad_steps > numbers.skip_bad_steps
+        made = finite & ~stuck
+        updated = jax.tree.map(lambda new, old: jnp.where(made, new, old), updated, state)
+        skipped = ~made & (state.bad_steps < numbers.skip_bad_steps)
+        bad_steps = jnp.where(made, 0, state.bad_steps + ~stuck)
+        metrics["bad_steps"] = bad_steps.astype(jnp.float32)
+        return updated.replace(step=state.step + (made | skipped), bad_steps=bad_steps), metrics
+
+    def update(
+        self,
+        state: TrainState,
+        index: jax.Array,
+        data: ResidentData | StreamedData,
+        relative_rate: jax.Array,
+        numbers: Hyperparameters,
+        penalties: Penalties,
+        teacher: Teacher | None = None,
+    ) -> tuple[TrainState, dict[str, jax.Array], Mapping]:
+        """The state after one step, finite or not, its metrics, and the gradients that led there."""
+        images, labels, rngs = self.inputs(state, index, data)
+        inputs, labels = normalize(images, self.mean, self.std), smooth(labels, numbers.label_smoothing)
+        soft_labels = None if teacher is None else teacher(images)
         learns_widths = widths_frozen(state.observed[STATISTICS]) is not None
         reported = [CONSTRAINTS, PENALTIES, *([COST] if learns_widths else [])]
 
@@ -157,23 +177,34 @@ class TrainStep:
             frozen = penalties.freeze(extra, state.step)
             observed[STATISTICS] = freeze_widths(observed[STATISTICS], frozen)
             metrics["widths_frozen"] = widths_frozen(observed[STATISTICS]).astype(jnp.float32)
-        return self._update(state, gradients, observed, new, relative_rate, numbers), metrics
+        updated = self._apply(state, gradients, observed, new, relative_rate, numbers)
+        return updated, metrics, gradients
 
-    def _batch(self, key, step, index, data):
-        """This device's share of the batch: float32 images, values 0..255, and label distributions."""
+    def inputs(
+        self, state: TrainState, index: jax.Array, data: ResidentData | StreamedData
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """This device's share of the batch, and what its step draws from.
+
+        Returns:
+          float32 images, values 0 to 255; label distributions; the keys of random streams.
+        """
+        key = jax.random.key(data.seed)
         share = self.batch_size // self.num_devices
         places = index * share + jnp.arange(share)
-        examples = data.examples(step, places, self.batch_size, partners=self.augmentation.mixes)
-        return augment(
-            key,
-            step * self.batch_size + places,
+        examples = data.examples(state.step, places, self.batch_size, partners=self.augmentation.mixes)
+        images, labels = augment(
+            jax.random.fold_in(key, 0),
+            state.step * self.batch_size + places,
             *examples,
             spec=self.augmentation,
             num_classes=self.num_classes,
             fill=255 * jnp.asarray(self.mean),  # Zero after normalisation, as in the cutout paper.
         )
+        # The same on all devices, so that stochastically rounded weights are the same on all.
+        rngs = {"quantization": jax.random.fold_in(jax.random.fold_in(key, 1), state.step)}
+        return images, labels, rngs
 
-    def _update(
+    def _apply(
         self,
         state: TrainState,
         gradients: Mapping,
@@ -190,10 +221,14 @@ class TrainStep:
         if average:
             current = {**trained, BATCH_STATS: observed[BATCH_STATS]}
             average = optax.incremental_update(current, average, 1 - numbers.ema_decay)
-        return TrainState(
+        return state.replace(
             step=state.step + 1,
             trained=trained,
             observed=observed,
             opt_state=opt_state,
             average=average,
         )
+
+
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -13,14 +13,16 @@ from clu import parameter_overview
 from qflax import config as config_lib
 from qflax.data import Dataset, load
 from qflax.data.augment import normalize
-from qflax.errors import require
+from qflax.errors import UserError, require
+from qflax.files import write_atomically
 from qflax.layers import LayerCost
 from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
 from qflax.quantizers import ROLES
 from qflax.training import build
-from qflax.training.checkpoints import FOLDER, Checkpoints, open_checkpoints
+from qflax.training.checkpoints import FOLDER, CheckpointWriter, open_checkpoints
 from qflax.training.distillation import Teacher
 from qflax.training.evaluate import Evaluator
+from qflax.training.lock import locked
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
@@ -47,7 +49,8 @@ def load_workdir(
       UserError: no workdir, no checkpoint, or a damaged one.
     """
     config = config_lib.load(workdir)
-    checkpoints, step = open_checkpoints(workdir)
+    checkpoints = open_checkpoints(workdir)
+    step = checkpoints.steps[-1]
     if which == "best":
         step = checkpoints.best_step()
         require(
@@ -55,9 +58,29 @@ def load_workdir(
             f"{workdir}: has no best checkpoint, since no validation split was evaluated "
             "(config.validation_examples); use the latest",
         )
-    state = checkpoints.restore(build.abstract_state(config), step)
-    checkpoints.close()
-    return config, state
+    return config, checkpoints.restore(build.abstract_state(config), step).state
+
+
+def load_result(workdir: pathlib.Path) -> dict[str, object]:
+    """The result of a run that has ended.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    result = _load_json(workdir / RESULT_FILE, "delete it, and train.py evaluates the last checkpoint again")
+    require(
+        isinstance(result, dict) and "test_accuracy" in result,
+        f"{workdir / RESULT_FILE}: damaged (no result); delete it, and train.py evaluates the last "
+        "checkpoint again",
+    )
+    return result
+
+
+def _load_json(path: pathlib.Path, remedy: str):
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); {remedy}") from None
 
 
 def serving(
@@ -79,8 +102,7 @@ def serving(
     def serve(variables, images):
         return model.apply(variables, normalize(images, mean, std), train=False)
 
-    result = workdir / RESULT_FILE
-    accuracy = json.loads(result.read_text())["test_accuracy"] if result.exists() else None
+    accuracy = load_result(workdir)["test_accuracy"] if (workdir / RESULT_FILE).exists() else None
     about = {
         "dataset": config.dataset,
         "model": config.model,
@@ -114,13 +136,23 @@ def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdi
     )
     abstract = build.abstract_state(config)
     variables = from_torchvision(read_state_dict(file), abstract.variables, str(file))
-    state = build.state(config, variables)
-    config_lib.save(config, workdir)
-    record_start(workdir, 0, {"imported_from": str(file), **provenance(1)})
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(jax.device_get(state), 0)
-    checkpoints.close()
+    save_start(config, workdir, build.state(config, variables), {"imported_from": str(file), **provenance(1)})
     return count_parameters(variables)
+
+
+def save_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, state: TrainState, origin: Mapping):
+    """Makes a workdir as of a run at step 0.
+
+    Raises:
+      UserError: there is a run in it.
+    """
+    with locked(workdir):
+        require_unused(workdir)
+        config_lib.save(config, workdir)
+        record_start(workdir, 0, origin)
+        checkpoints = CheckpointWriter(workdir)
+        checkpoints.save(jax.device_get(state), 0)
+        checkpoints.close()
 
 
 def require_unused(workdir: pathlib.Path) -> None:
@@ -164,8 +196,9 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
 def record_start(workdir: pathlib.Path, step: int, origin: Mapping) -> None:
     """Appends versions, commit, hardware and command of a start at `step` to the workdir's list of them."""
     path = workdir / ENVIRONMENT_FILE
-    starts = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*starts, {"from_step": step, **origin}], indent=2) + "\n")
+    starts = _load_json(path, "delete it, or put it back from a copy") if path.exists() else []
+    require(isinstance(starts, list), f"{path}: damaged (no list); delete it, or put it back from a copy")
+    write_atomically(path, json.dumps([*starts, {"from_step": step, **origin}], indent=2) + "\n")
 
 
 def count_parameters(variables: Mapping) -> int:

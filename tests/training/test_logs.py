@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from qflax.errors import UserError
 from qflax.training.logs import Logs, Progress
 
 
@@ -59,3 +61,12 @@ def test_progress_without_a_terminal_prints_plain_lines(capsys):
         and "loss 0.25" in text
         and "\r" not in text
     )
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"group": "train"}', '{"step": "1", "group": ""}', "[" * 10**5])
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, line):
+    text = '{"step": 1, "group": "train"}\n' + line + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match="metrics.jsonl: line 2 is damaged"):
+        Logs(tmp_path, 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == text

@@ -1,0 +1,60 @@
+"""Requests to stop."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from qflax.errors import Interrupted
+from qflax.training.interruption import Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_a_request(number):
+    with Interruption() as interruption:
+        interruption.check()
+        os.kill(os.getpid(), number)
+        assert interruption.requested == number.name
+        with pytest.raises(Interrupted, match=number.name):
+            interruption.check()
+
+
+def test_a_second_control_c_ends_at_once_and_further_terms_do_not():
+    with Interruption() as interruption:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert interruption.requested == "SIGTERM"
+
+
+def test_where_nothing_is_to_be_saved_it_stops_at_once():
+    done = []
+    with Interruption() as interruption:
+        with pytest.raises(Interrupted), interruption.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("more")
+        os.kill(os.getpid(), signal.SIGTERM)  # It was noted.
+        with pytest.raises(Interrupted), interruption.at_once():  # It came before.
+            done.append("even more")
+    assert not done
+
+
+def test_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_another_thread_gets_no_signals_and_needs_none():
+    def run():
+        with Interruption() as interruption, interruption.at_once():
+            found.append(interruption.requested)
+
+    found = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [None]
