@@ -69,9 +69,8 @@ def _numbers(length: int | None, low: float) -> Callable:
         ok = ok and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
         ok = ok and all(low <= v <= _MOST_NUMBER for v in value)
         count = "a tuple of" if length is None else f"{length}"
-        require(
-            ok, f"{field}={shown(value)}: must be {count} numbers of at least {low:g}, at most {_MOST_NUMBER:g}"
-        )
+        bounds = f"of at least {low:g}, at most {_MOST_NUMBER:g}"
+        require(ok, f"{field}={shown(value)}: must be {count} numbers {bounds}")
 
     return check
 
@@ -217,7 +216,7 @@ def _require_plain(field: str, value) -> None:
     """Raises `UserError` unless the value is one of JSON's, and of a size that fits in a file and a line."""
     kind = type(value)
     if kind is int:
-        require(abs(value) < 2**63, f"{field}: is a number of {value.bit_length()} bits; at most 63 are allowed")
+        require(abs(value) < 2**63, f"{field}: has {value.bit_length()} bits; at most 63 are allowed")
     elif kind is str:
         require(
             len(value) <= _LONGEST_TEXT and "\0" not in value,
@@ -226,8 +225,8 @@ def _require_plain(field: str, value) -> None:
     elif not isinstance(value, Mapping | ml_collections.ConfigDict | tuple | list):
         require(
             value is None or kind in (bool, float),
-            f"{field}: is a {kind.__module__}.{kind.__name__}; must be None, bool, int, float, str, a tuple or "
-            "a mapping of Python's own (item() makes one of a NumPy number)",
+            f"{field}: is a {kind.__module__}.{kind.__name__}; must be None, bool, int, float, str, a tuple "
+            "or a mapping of Python's own (item() makes one of a NumPy number)",
         )
 
 
@@ -275,11 +274,12 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """
     path = workdir / FILE
     require(path.is_file(), f"{workdir}: not a workdir, it has no {FILE}; train.py makes one")
-    require(path.stat().st_size <= _LARGEST_FILE, f"{path}: damaged (too large); restore it from another copy")
+    require(path.stat().st_size <= _LARGEST_FILE, f"{path}: damaged (large); restore it from another copy")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({shown(error, plain=True)}); restore it from another copy") from None
+        reason = shown(error, plain=True)
+        raise UserError(f"{path}: damaged ({reason}); restore it from another copy") from None
     require(isinstance(fields, dict), f"{path}: damaged (no mapping); restore it from another copy")
     try:
         validate(fields)

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from qflax.errors import UserError, require, shown
 
+_USAGE = "use --config=FILE --workdir=DIR --config.FIELD=VALUE"
 _SEE = "see configs/default.py and, for weights and activations, the specs in qflax/quantizers"
 
 
@@ -29,7 +30,7 @@ def read(file: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
     for change in changes:
         # Options of absl's own would read other files, or leave out arguments without a word.
         known = re.match(r"--?(no)?config\.", change) or not re.match(r"-+[^\W\d]", change)
-        require(known, f"{shown(change)}: not understood; use --config=FILE --config.FIELD=VALUE")
+        require(known, f"{shown(change)}: not understood; {_USAGE}")
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(changes))
@@ -38,10 +39,8 @@ def read(file: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
         named = isinstance(error, AttributeError | KeyError)
         reason = ("the configuration has no such field: " if named else "") + _reason(error)
         raise UserError(f"{shown(' '.join(changes), plain=True)}: {reason}; {_SEE}") from None
-    require(
-        not rest,
-        f"{shown(rest[0])}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE" if rest else "",
-    )
+    if rest:
+        raise UserError(f"{shown(rest[0])}: not understood; {_USAGE}")
     return values.config
 
 
@@ -63,7 +62,8 @@ def _executed(file: str) -> ml_collections.ConfigDict:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # A file may raise anything, and end the program too.
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         place = f"line {lines[-1]}: " if lines else ""
         raise UserError(f"{given}: {place}{type(error).__name__}: {_reason(error)}; {_SEE}") from None
     return config.lock()

@@ -60,7 +60,8 @@ def told(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # Of JAX, on a device.
     ):
-        return f"out of memory ({shown(error, plain=True)}); lower config.batch_size or config.eval_batch_size"
+        reason = shown(error, plain=True)
+        return f"out of memory ({reason}); lower config.batch_size or config.eval_batch_size"
     if isinstance(error, OSError) and error.errno is not None:  # Those without are of libraries.
         where = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno)

@@ -25,7 +25,7 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
 
 
 def require_makeable(folder: pathlib.Path) -> None:
-    """Raises `UserError` where no such folder can be made or written to, before anything is computed for it."""
+    """Raises `UserError` where no such folder can be made, or nothing can be written to it."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     require(existing.is_dir(), f"{folder}: {existing} is no folder; choose another one")
     require(

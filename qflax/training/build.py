@@ -203,7 +203,7 @@ def augmentation(config: ml_collections.ConfigDict) -> Augmentation:
         value = config.augmentation[name]
         require(
             value < side,
-            f"config.augmentation.{name}={value}: images have {side} pixels a side; choose at most {side - 1}",
+            f"config.augmentation.{name}={value}: images are {side} x {side}; choose less than {side}",
         )
     return Augmentation(**config.augmentation)
 

@@ -49,7 +49,7 @@ class Evaluator:
           model: computes in float32, whatever it was trained in.
           dataset: the examples.
           devices: they share every batch.
-          batch_size: of all devices together, rounded up to what divides among them; no more than all examples.
+          batch_size: of all devices together, at most all examples; rounded up to what divides among them.
           mean, std: normalisation.
           num_workers: processes that read and decode images, where the set is not in memory.
         """
