@@ -80,6 +80,11 @@ def _fractions(field, value):
     require(value[0] <= value[1] <= 1, f"{field}={value!r}: must be two fractions, the first not the larger")
 
 
+def _names(field, value):
+    ok = isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
+    require(ok, f"{field}={shown(value)}: must be a tuple of names")
+
+
 def _anything(field, value):
     del field, value  # Checked where it is parsed.
 
@@ -116,7 +121,7 @@ FIELDS = {
     "calibration_batch_size": _COUNT,
     "calibration": _one_of(*CALIBRATIONS),
     "ptq": {
-        "recipe": _of_type((tuple, list), "a tuple of methods"),
+        "recipe": _names,
         "iterations": _COUNT,
         "batch_size": _COUNT,
         "learning_rate": _POSITIVE,
