@@ -42,7 +42,7 @@ _LARGEST_FILE = 1 << 24  # Bytes of a config.json.
 def _number(
     low: float, high: float = math.inf, *, integer: bool = False, most: float = _MOST_NUMBER
 ) -> Callable:
-    most = min(most, _MOST_INTEGER) if integer else most
+    most = high if high < math.inf else min(most, _MOST_INTEGER) if integer else most
 
     def check(field, value):
         kinds = int if integer else (int, float)

@@ -124,3 +124,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 def test_a_folder_without_configuration_is_no_workdir(tmp_path):
     with pytest.raises(UserError, match="not a workdir"):
         config_lib.load(tmp_path)
+
+
+def test_the_largest_values():
+    config_lib.validate({**default().to_dict(), "seed": 2**32 - 1, "num_train_steps": 2**24})
