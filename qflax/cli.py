@@ -1,38 +1,49 @@
 """Command lines: train.py, and `qflax` with its subcommands."""
 
 import argparse
+import io
+import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 
-from qflax.errors import Interrupted, UserError, one_line
+from qflax.errors import Interrupted, UserError, one_line, require, shown, told
 
 FAILED = 1  # Exit code of a verification that found something.
 BAD_INPUT = 2  # Exit code for anything that the user can put right.
 INTERRUPTED = 75  # Exit code of a run that was asked to stop: EX_TEMPFAIL, "try again later".
+ABORTED = 130  # Exit code of anything else after Ctrl-C, as shells have it.
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are of one line, too."""
+
+    def error(self, message):
+        """See `argparse.ArgumentParser`."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def train_main(arguments: Sequence[str]) -> int:
     """train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Trains a network.", allow_abbrev=False)
+    return _report_errors(lambda: _train(arguments))
+
+
+def _train(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="train.py", description="Trains a network.", allow_abbrev=False)
     _add_config(parser)
     parser.add_argument(
         "--workdir",
-        type=pathlib.Path,
+        type=_path,
         help="folder for everything the run writes; runs/NAME of the configuration by default",
     )
     options, options.rest = parser.parse_known_args(arguments)
-    return _report_errors(lambda: _train(options))
-
-
-def _train(options: argparse.Namespace) -> None:
     config = _config_of(options, "configs/quickstart.py")
     workdir = options.workdir or pathlib.Path("runs", pathlib.Path(options.config).stem)
     from qflax import config as config_lib
-    from qflax import runtime
+    from qflax import files, runtime
 
     config_lib.validate(config)
+    files.require_makeable(workdir)
     runtime.configure(config.batch_size, config.num_devices)
     from qflax.training import train
     from qflax.training.workdir import TABLE_FILE
@@ -57,10 +68,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `qflax` command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="qflax", description="Quantized networks in JAX.")
+    return _report_errors(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int | None:
+    parser = _Parser(prog="qflax", description="Quantized networks in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     evaluate = commands.add_parser("evaluate", help="accuracy and per-layer table of a trained network")
-    evaluate.add_argument("workdir", type=pathlib.Path, help="folder of a run")
+    evaluate.add_argument("workdir", type=_path, help="folder of a run")
     evaluate.add_argument("--split", default="test", choices=("test", "validation", "train"))
     evaluate.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
     evaluate.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
@@ -68,29 +83,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     importing = commands.add_parser(
         "import", help="make a workdir of torchvision's weights", allow_abbrev=False
     )
-    importing.add_argument("weights", type=pathlib.Path, help="a ResNet's .safetensors or .pth file")
-    importing.add_argument("--workdir", type=pathlib.Path, required=True, help="folder to make")
+    importing.add_argument("weights", type=_path, help="a ResNet's .safetensors or .pth file")
+    importing.add_argument("--workdir", type=_path, required=True, help="folder to make")
     importing.set_defaults(run=_import)
     calibrating = commands.add_parser(
         "calibrate", help="quantize a float run without training", allow_abbrev=False
     )
-    calibrating.add_argument("source", type=pathlib.Path, help="folder of the float run")
-    calibrating.add_argument("--workdir", type=pathlib.Path, required=True, help="folder to make")
+    calibrating.add_argument("source", type=_path, help="folder of the float run")
+    calibrating.add_argument("--workdir", type=_path, required=True, help="folder to make")
     calibrating.set_defaults(run=_calibrate)
     sensitivity = commands.add_parser(
         "sensitivity", help="what each layer's quantization alone does to a float run", allow_abbrev=False
     )
-    sensitivity.add_argument("source", type=pathlib.Path, help="folder of the float run")
+    sensitivity.add_argument("source", type=_path, help="folder of the float run")
     sensitivity.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2], help="widths to measure")
     sensitivity.set_defaults(run=_sensitivity)
     exporting = commands.add_parser("export", help="write a trained network to a file that others execute")
-    exporting.add_argument("workdir", type=pathlib.Path, help="folder of a run")
+    exporting.add_argument("workdir", type=_path, help="folder of a run")
     exporting.add_argument("--format", default="packed", help="packed, qonnx, qcdq or stablehlo")
-    exporting.add_argument("--output", type=pathlib.Path, required=True, help="file to make")
+    exporting.add_argument("--output", type=_path, required=True, help="file to make")
     exporting.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
     exporting.set_defaults(run=_export)
     verifying = commands.add_parser("verify", help="prove the accumulator bounds of an exported file")
-    verifying.add_argument("file", type=pathlib.Path, help="packed, qonnx or qcdq")
+    verifying.add_argument("file", type=_path, help="packed, qonnx or qcdq")
     verifying.add_argument("--data", choices=("cifar10", "digits"), help="test images to run, too")
     verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     verifying.set_defaults(run=_verify)
@@ -99,42 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, options.rest = parser.parse_known_args(arguments)
     if options.rest and "config" not in options:
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
-    return _report_errors(lambda: options.run(options))
+    return options.run(options)
+
+
+def _path(text: str) -> pathlib.Path:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no path")
+    return pathlib.Path(text)
 
 
 def _config_of(options: argparse.Namespace, example: str):
-    """The configuration of a command that is given one; errors of a file or a field become one line."""
-    from absl import flags
-    from ml_collections import config_flags
+    """The configuration of a command that is given one."""
+    require(bool(options.config), f"--config: missing; for instance --config={example}")
+    from qflax import config_file
 
-    arguments = [*([f"--config={options.config}"] if options.config else []), *options.rest]
-    given = " ".join(argument for argument in arguments if argument.startswith("--config"))
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file(
-        "config", None, "", lock_config=True, flag_values=values, sys_argv=arguments
-    )
-    try:
-        rest = values(["", *arguments])[1:]
-        if config.value is not None:
-            config.value.items()  # A file that cannot be loaded is told of only when it is used.
-    except flags.Error as error:
-        raise UserError(one_line(error)) from None
-    except (AttributeError, KeyError) as error:
-        reason = error
-        while isinstance(reason, Exception) and reason.args:
-            reason = reason.args[0]  # The text; str() of a KeyError would quote and escape it.
-        reason = re.sub(r'Other fields present: "{.*}"', "", str(reason), flags=re.DOTALL)
-        raise UserError(
-            f"{given}: the configuration has no such field: {one_line(reason)}; see configs/default.py "
-            "and, for weights and activations, the specs in qflax/quantizers"
-        ) from None
-    except (OSError, ImportError, TypeError, ValueError) as error:
-        raise UserError(f"{given}: {one_line(error)}; see configs/default.py") from None
-    if rest:
-        raise UserError(f"{rest[0]!r}: not understood; use --config=FILE --workdir=DIR --config.FIELD=VALUE")
-    if config.value is None:
-        raise UserError(f"--config: missing; for instance --config={example}")
-    return config.value
+    return config_file.read(options.config, options.rest)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -238,12 +232,25 @@ def _report_errors(run: Callable[[], int | None]) -> int:
 
     # Orbax tells of every file that it writes, and with tracebacks of errors that it raises as well.
     logging.set_verbosity(logging.FATAL)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Paths may be no text.
     try:
         code = run()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
+        sys.stdout.flush()
     except Interrupted as error:
         print(f"interrupted: {error}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ABORTED
+    except BrokenPipeError:  # Who reads the output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        message = told(error)
+        if message is None:
+            raise
+        print(f"error: {one_line(message)}", file=sys.stderr)
+        return BAD_INPUT
     return code or 0

@@ -3,12 +3,12 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_collections
 
 from qflax.data import DATASETS
-from qflax.errors import UserError, choose, closest, require
+from qflax.errors import UserError, choose, closest, require, shown
 from qflax.files import write_atomically
 from qflax.quantizers import CALIBRATIONS
 
@@ -29,13 +29,28 @@ OPERATIONAL = (
 )
 
 
-def _number(low: float, high: float = math.inf, *, integer: bool = False) -> Callable:
+_MOST_INTEGER = 2**31 - 1  # Of int32.
+_MOST_NUMBER = 1e9  # Beyond it nothing trains; float32 holds its square.
+MOST_STEPS = 2**24  # float32, in which schedules count, tells steps apart up to here.
+_MOST_EPOCHS = 1e6
+_LONGEST_TEXT = 4096  # Of a path.
+_MOST_PARTS = 10_000
+_DEEPEST = 16
+_LARGEST_FILE = 1 << 24  # Bytes of a config.json.
+
+
+def _number(
+    low: float, high: float = math.inf, *, integer: bool = False, most: float = _MOST_NUMBER
+) -> Callable:
+    most = high if high < math.inf else min(most, _MOST_INTEGER) if integer else most
+
     def check(field, value):
         kinds = int if integer else (int, float)
         bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         ok = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
         word = "a whole number" if integer else "a number"
-        require(ok and low <= value <= high, f"{field}={value!r}: must be {word} {bounds}")
+        require(ok and low <= value <= high, f"{field}={shown(value)}: must be {word} {bounds}")
+        require(value <= most, f"{field}={value!r}: must be {word} of at most {most:,.0f}")
 
     return check
 
@@ -45,15 +60,17 @@ def _one_of(*choices: str) -> Callable:
 
 
 def _of_type(kind: type, name: str) -> Callable:
-    return lambda field, value: require(isinstance(value, kind), f"{field}={value!r}: must be {name}")
+    return lambda field, value: require(isinstance(value, kind), f"{field}={shown(value)}: must be {name}")
 
 
 def _numbers(length: int | None, low: float) -> Callable:
     def check(field, value):
         ok = isinstance(value, tuple | list) and length in (None, len(value))
-        ok = ok and all(isinstance(v, int | float) and math.isfinite(v) and v >= low for v in value)
+        ok = ok and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        ok = ok and all(low <= v <= _MOST_NUMBER for v in value)
         count = "a tuple of" if length is None else f"{length}"
-        require(ok, f"{field}={value!r}: must be {count} numbers of at least {low:g}")
+        bounds = f"of at least {low:g}, at most {_MOST_NUMBER:g}"
+        require(ok, f"{field}={shown(value)}: must be {count} numbers {bounds}")
 
     return check
 
@@ -63,6 +80,11 @@ def _fractions(field, value):
     require(value[0] <= value[1] <= 1, f"{field}={value!r}: must be two fractions, the first not the larger")
 
 
+def _names(field, value):
+    ok = isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
+    require(ok, f"{field}={shown(value)}: must be a tuple of names")
+
+
 def _anything(field, value):
     del field, value  # Checked where it is parsed.
 
@@ -70,6 +92,8 @@ def _anything(field, value):
 _COUNT = _number(1, integer=True)
 _COUNT_OR_ZERO = _number(0, integer=True)
 _POSITIVE = _number(1e-30)
+_EPOCHS_OR_ZERO = _number(0, most=_MOST_EPOCHS)
+_EPOCHS = _number(1e-30, most=_MOST_EPOCHS)
 _NOT_NEGATIVE = _number(0)
 _FRACTION = _number(0, 1)
 _BELOW_ONE = _number(0, 1 - 1e-9)
@@ -97,7 +121,7 @@ FIELDS = {
     "calibration_batch_size": _COUNT,
     "calibration": _one_of(*CALIBRATIONS),
     "ptq": {
-        "recipe": _of_type((tuple, list), "a tuple of methods"),
+        "recipe": _names,
         "iterations": _COUNT,
         "batch_size": _COUNT,
         "learning_rate": _POSITIVE,
@@ -112,12 +136,12 @@ FIELDS = {
     "data_dir": _TEXT,
     "validation_examples": _COUNT_OR_ZERO,
     "crop": {
-        "image_size": _COUNT,
-        "resize": _COUNT,
+        "image_size": _number(1, most=4096, integer=True),
+        "resize": _number(1, most=8192, integer=True),
         "area": _numbers(2, 0),
         "ratio": _numbers(2, 0),
     },
-    "num_workers": _number(-1, integer=True),
+    "num_workers": _number(-1, most=1024, integer=True),
     "mean": _numbers(3, 0),
     "std": _numbers(3, 1e-6),
     "augmentation": {
@@ -128,14 +152,14 @@ FIELDS = {
         "cutmix_alpha": _NOT_NEGATIVE,
     },
     "batch_size": _COUNT,
-    "num_epochs": _POSITIVE,
-    "num_train_steps": _number(-1, integer=True),
+    "num_epochs": _EPOCHS,
+    "num_train_steps": _number(-1, most=MOST_STEPS, integer=True),
     "optimizer": _one_of("sgd", "adam"),
     "momentum": _BELOW_ONE,
     "nesterov": _FLAG,
     "learning_rate": _NOT_NEGATIVE,
     "schedule": _one_of("cosine", "onecycle", "step", "constant"),
-    "warmup_epochs": _NOT_NEGATIVE,
+    "warmup_epochs": _EPOCHS_OR_ZERO,
     "milestone_epochs": _numbers(None, 0),
     "milestone_factor": _FRACTION,
     "weight_decay": _NOT_NEGATIVE,
@@ -153,11 +177,11 @@ FIELDS = {
     "freeze_widths_after": _FRACTION,
     "accumulator_strength": _NOT_NEGATIVE,
     "seed": _number(0, 2**32 - 1, integer=True),
-    "num_devices": _COUNT_OR_ZERO,
+    "num_devices": _number(0, most=1024, integer=True),
     "steps_per_dispatch": _COUNT_OR_ZERO,
     "eval_batch_size": _COUNT,
     "log_every_steps": _COUNT,
-    "eval_every_epochs": _POSITIVE,
+    "eval_every_epochs": _EPOCHS,
     "checkpoint_every_steps": _COUNT,
     "keep_checkpoints": _COUNT,
 }
@@ -169,15 +193,65 @@ def validate(config: Mapping) -> None:
     Raises:
       UserError: one line that names the field, its value, the choices and the remedy.
     """
+    for i, (field, value) in enumerate(_parts("config", config)):
+        require(i < _MOST_PARTS, f"{field}: the configuration has more than {_MOST_PARTS} values; shorten it")
+        _require_plain(field, value)
     _validate_group(config, FIELDS, "config.")
     require(
         config["num_train_steps"] != 0,
         "config.num_train_steps=0: must be positive, or -1 to train for num_epochs",
     )
+    _check_together(config)
+
+
+def _parts(field: str, value, depth: int = 0) -> Iterator[tuple[str, object]]:
+    """Yields the name and value of a field, and of everything in it."""
+    yield field, value
+    require(depth < _DEEPEST, f"{field}: is nested deeper than {_DEEPEST} levels")
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+        for name in value:
+            require(type(name) is str, f"{field}: has a field {shown(name)}, whose name is no string")
+            yield from _parts(f"{field}.{name}", value[name], depth + 1)
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _parts(f"{field}[{i}]", item, depth + 1)
+
+
+def _require_plain(field: str, value) -> None:
+    """Raises `UserError` unless the value is one of JSON's, and of a size that fits in a file and a line."""
+    kind = type(value)
+    if kind is int:
+        require(abs(value) < 2**63, f"{field}: has {value.bit_length()} bits; at most 63 are allowed")
+    elif kind is str:
+        require(
+            len(value) <= _LONGEST_TEXT and "\0" not in value,
+            f"{field}={shown(value)}: must be a text of at most {_LONGEST_TEXT} characters, none of them NUL",
+        )
+    elif not isinstance(value, Mapping | ml_collections.ConfigDict | tuple | list):
+        require(
+            value is None or kind in (bool, float),
+            f"{field}: is a {kind.__module__}.{kind.__name__}; must be None, bool, int, float, str, a tuple "
+            "or a mapping of Python's own (item() makes one of a NumPy number)",
+        )
+
+
+def _check_together(config: Mapping) -> None:
+    """Checks of several fields that need to know nothing else."""
+    milestones = list(config["milestone_epochs"])
+    if config["schedule"] == "step":
+        require(
+            milestones == sorted(milestones),
+            f"config.milestone_epochs={tuple(milestones)}: must ascend",
+        )
+        require(
+            config["num_train_steps"] > 0 or not milestones or milestones[-1] < config["num_epochs"],
+            f"config.milestone_epochs={tuple(milestones)}: the last one lies behind the end of the run, "
+            f"config.num_epochs={config['num_epochs']}; lower it, or train longer",
+        )
 
 
 def _validate_group(config: Mapping, fields: Mapping, prefix: str) -> None:
-    require(hasattr(config, "items"), f"{prefix[:-1]}={config!r}: must be a mapping of fields")
+    require(hasattr(config, "items"), f"{prefix[:-1]}={shown(config)}: must be a mapping of fields")
     for name in config:
         if name not in fields:
             raise UserError(
@@ -205,17 +279,18 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """
     path = workdir / FILE
     require(path.is_file(), f"{workdir}: not a workdir, it has no {FILE}; train.py makes one")
+    require(path.stat().st_size <= _LARGEST_FILE, f"{path}: damaged (large); restore it from another copy")
     try:
-        fields = json.loads(path.read_text())
-        require(isinstance(fields, dict), f"{path}: damaged (no mapping); restore it from another copy")
-        config = ml_collections.ConfigDict(fields)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); restore it from another copy") from None
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = shown(error, plain=True)
+        raise UserError(f"{path}: damaged ({reason}); restore it from another copy") from None
+    require(isinstance(fields, dict), f"{path}: damaged (no mapping); restore it from another copy")
     try:
-        validate(config)
+        validate(fields)
     except UserError as error:
         raise UserError(f"{path}: {error} (written by another version of qflax?)") from None
-    return config
+    return ml_collections.ConfigDict(fields)
 
 
 def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -1,9 +1,21 @@
 """Errors that a user can act on."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 _LONGEST = 2000  # Characters of a line.
+_LONGEST_VALUE = 300  # Characters of a value in a message.
+
+# What to do about errors of the operating system.
+_REMEDIES = {
+    errno.ENOSPC: "free space there, or choose another folder",
+    errno.EDQUOT: "free space within your quota, or choose another folder",
+    errno.EROFS: "choose a folder on a file system that can be written to",
+    errno.EACCES: "check its permissions, or choose another path",
+    errno.EPERM: "check its permissions, or choose another path",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
 
 
 class UserError(Exception):
@@ -17,10 +29,10 @@ class Interrupted(Exception):
     """A run that was asked to stop and did, having saved all; the same command continues it."""
 
 
-def one_line(text: object) -> str:
+def one_line(text: object, longest: int = _LONGEST) -> str:
     """As one line of printable characters; of a long one its two ends."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
@@ -40,3 +52,24 @@ def choose(field: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise UserError(f"{field}={value!r}: unknown{closest(value, choices)}; choices: {', '.join(choices)}")
+
+
+def shown(value: object, *, plain: bool = False) -> str:
+    """Returns the value's `repr` (`plain`: its text) on one line, without the middle of a long one."""
+    return one_line((str if plain else repr)(value), _LONGEST_VALUE)
+
+
+def told(error: Exception) -> str | None:
+    """Returns what to tell the user of an error, or None of one that is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # Of JAX, on a device.
+    ):
+        reason = shown(error, plain=True)
+        return f"out of memory ({reason}); lower config.batch_size or config.eval_batch_size"
+    if isinstance(error, OSError) and error.errno is not None:  # Those without are of libraries.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        remedy = _REMEDIES.get(error.errno)
+        return f"{where}{error.strerror}" + (f"; {remedy}" if remedy else "")
+    return None

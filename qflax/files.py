@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+from qflax.errors import require
+
 
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     """Writes a file in place of what was there; whoever interrupts it leaves the old one or the new one.
@@ -20,3 +22,13 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def require_makeable(folder: pathlib.Path) -> None:
+    """Raises `UserError` where no such folder can be made, or nothing can be written to it."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    require(existing.is_dir(), f"{folder}: {existing} is no folder; choose another one")
+    require(
+        os.access(existing, os.W_OK | os.X_OK),
+        f"{folder}: nothing can be written to {existing}; change its permissions, or choose another folder",
+    )

@@ -1,6 +1,7 @@
 """The programs as a user calls them: one clear line and exit code 2 for bad input, results otherwise."""
 
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -119,6 +120,85 @@ def test_bad_input_ends_in_one_line(arguments, parts, tmp_path):
     for part in parts:
         assert part in lines[-1], lines[-1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "nope",
+        "evaluate",
+        "evaluate a b",
+        "evaluate /nowhere",
+        "evaluate README.md",
+        "evaluate configs",
+        "evaluate configs --split=x",
+        "evaluate configs --sppeed=3",
+        "export configs",
+        "export configs --output=",
+        "export configs --output=x --checkpoint=3",
+        "sensitivity configs --config=configs/quickstart.py --bits",
+        "sensitivity configs --config=configs/quickstart.py --bits 1e9",
+        "sensitivity configs --config=configs/quickstart.py",
+        "calibrate configs",
+        "calibrate configs --workdir=x --config=configs/quickstart.py",
+        "calibrate configs --workdir=README.md --config=configs/quickstart.py",
+        "import x.pth",
+        "import README.md --workdir=x --config=configs/resnet18_fp32.py",
+        "import /nowhere.pth --workdir=x --config=configs/resnet18_fp32.py",
+        "verify",
+        "verify README.md",
+        "verify /nowhere",
+        "verify configs",
+        "verify README.md --data=x",
+    ],
+)
+def test_bad_input_of_every_command_is_one_line(arguments):
+    result = call(main, *arguments.split())
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("workdir", ["", " ", "a\0b", "README.md", "README.md/x", "x" * 300, "x" * 5000])
+def test_what_can_be_no_workdir_is_told_at_once(workdir):
+    result = call(train_main, "--config=configs/quickstart.py", f"--workdir={workdir}")
+    assert result.returncode == 2 and result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 and len(result.stderr) < 1500
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            2,
+            "error: runs/a: No space left on device; free",
+        ),
+        (OSError(errno.EACCES, "Permission denied", "runs/a"), 2, "error: runs/a: Permission denied; check"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "runs"), 2, "error: runs: Is a directory"),
+        (MemoryError(), 2, "error: out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"), 2, "error: out of memory (RESOURCE"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(raised, code, line, monkeypatch):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr("qflax.config.validate", fail)
+    result = call(train_main, "--config=configs/quickstart.py")
+    assert result.returncode == code
+    assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("a bug"), OSError("of a library"), KeyError("x")])
+def test_bugs_keep_their_traceback(raised, monkeypatch):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr("qflax.config.validate", fail)
+    with pytest.raises(type(raised)):
+        call(train_main, "--config=configs/quickstart.py")
 
 
 def test_a_misspelt_field_in_a_file_is_named(tmp_path):

@@ -86,9 +86,36 @@ def test_all_differing_fields_are_named(tmp_path):
         config_lib.check_unchanged(config, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", json.dumps({"model": "resnet20"}), ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "{",
+            "[1]",
+            json.dumps({"model": "resnet20"}),
+            "",
+            "null",
+            "3",
+            '"x"',
+            "\0",
+            b"\xff\xfe{",
+            bytes(range(256)),
+        ),
+        *(
+            "[" * 10**5,
+            "[" * 10**5 + "]" * 10**5,
+            '{"a":' * 5000 + "1" + "}" * 5000,
+            '{"seed":' + "9" * 6000 + "}",
+        ),
+        *(json.dumps(default().to_dict() | {"learning_rate": float("inf")}), " " * (1 << 25)),
+        *(
+            json.dumps(default().to_dict() | change)
+            for change in ({"newer": 1}, {"rules": None}, {"": 1}, {"a.b": 1})
+        ),
+    ],
+)
 def test_a_damaged_file_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         config_lib.load(tmp_path)
     assert "\n" not in str(error.value)
@@ -97,3 +124,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 def test_a_folder_without_configuration_is_no_workdir(tmp_path):
     with pytest.raises(UserError, match="not a workdir"):
         config_lib.load(tmp_path)
+
+
+def test_the_largest_values():
+    config_lib.validate({**default().to_dict(), "seed": 2**32 - 1, "num_train_steps": 2**24})

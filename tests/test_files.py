@@ -4,7 +4,8 @@ import resource
 
 import pytest
 
-from qflax.files import write_atomically
+from qflax.errors import UserError
+from qflax.files import require_makeable, write_atomically
 
 
 def test_text_and_bytes(tmp_path):
@@ -26,3 +27,12 @@ def test_what_was_there_stays_where_there_is_no_room(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_below_a_file_can_not_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    require_makeable(tmp_path)
+    require_makeable(tmp_path / "new" / "run")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="is no folder"):
+            require_makeable(folder)

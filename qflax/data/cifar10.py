@@ -23,6 +23,7 @@ from qflax.errors import UserError
 
 _VERSION = "3.0.2"
 _SHAPE = (32, 32, 3)
+_CLASSES = 10
 _CHUNK = 2500  # Examples that a decoding thread takes at a time.
 _BLOCK_BYTES = 1 << 20
 _TIMEOUT_S = (10, 30)  # To connect; between two parts of the download.
@@ -76,8 +77,13 @@ def _decode(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     def decode(first: int) -> None:
         chunk = range(first, min(first + _CHUNK, len(source)))
         for index, record in zip(chunk, source.__getitems__(chunk), strict=True):
-            images[index] = Image.open(io.BytesIO(record["image"]), formats=("PNG",))
-            labels[index] = record["label"]
+            name, label = record["id"].decode(), int(record["label"])
+            image = Image.open(io.BytesIO(record["image"]), formats=("PNG",))  # Reads the header only.
+            if not name.startswith(f"{split}_"):
+                raise ValueError(f"{name} is no example of the split {split!r}")
+            if (image.size, image.mode) != (_SHAPE[:2], "RGB") or not 0 <= label < _CLASSES:
+                raise ValueError(f"{name} has {image.size} pixels of {image.mode} and the label {label}")
+            images[index], labels[index] = image, label
 
     with futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(decode, range(0, len(source), _CHUNK)))

@@ -12,6 +12,7 @@ from qflax.data.crop import Crop, random_window
 # Images are decoded in parallel already; OpenCV's own threads would only get in the way.
 cv2.setNumThreads(0)
 
+_MOST_PIXELS = 2**28  # Of an image whose sides differ much, once the shorter one is enlarged.
 _END_OF_IMAGE = b"\xff\xd9"
 # What libjpeg can shrink an image by while it decodes it.
 _SHRUNK = {
@@ -70,6 +71,8 @@ def decode_evaluation(data: bytes, crop: Crop) -> np.ndarray:
     image = Image.open(io.BytesIO(data)).convert("RGB")
     shorter = min(image.size)
     width, height = (crop.resize * side // shorter for side in image.size)
+    if width * height > _MOST_PIXELS:
+        raise ValueError(f"sides of {image.size[0]} and {image.size[1]} pixels differ too much")
     left, top = (round((side - crop.image_size) / 2) for side in (width, height))
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.array(image.crop((left, top, left + crop.image_size, top + crop.image_size)))

@@ -13,6 +13,7 @@ from qflax.data.streamed import Record
 from qflax.errors import UserError
 
 _NAME = "imagenet2012"
+_CLASSES = 1000
 # TFDS's own names; its 'test' has no public labels, so that results are those of its 'validation'.
 _STORED_SPLITS = {"train": "train", "test": "validation"}
 _BUILD = (
@@ -45,8 +46,10 @@ class StoredRecords:
         origin = f"record {place} of {self.where}"
         try:
             stored = self.source[place]
-            name = stored["file_name"].decode(errors="replace")
-            return Record(stored["image"], int(stored["label"]), f"{origin} ({name})")
+            name, label = stored["file_name"].decode(errors="replace"), int(stored["label"])
+            if not 0 <= label < _CLASSES:
+                raise ValueError(f"{name} has the label {label}")
+            return Record(stored["image"], label, f"{origin} ({name})")
         except Exception as error:  # array_record, protobuf and missing fields raise unrelated types.
             raise UserError(f"{_NAME}: {origin} is damaged ({prepared.reason(error)}); {_BUILD}") from error
 

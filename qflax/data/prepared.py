@@ -6,15 +6,17 @@ import textwrap
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
-from qflax.errors import UserError
+from qflax.errors import UserError, require
 
 FORMAT = "array_record"  # The one format of TFDS that is read and written without TensorFlow.
 
 
 def root(data_dir: str | None) -> pathlib.Path:
     """Returns `data_dir`, else TFDS_DATA_DIR of the environment, else TFDS's ~/tensorflow_datasets."""
-    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return pathlib.Path(os.path.expanduser(folder))
 
 
 def open_builder(
@@ -51,10 +53,34 @@ def open_builder(
 
 
 def check_files(builder: Any, split: str, *, if_damaged: str) -> None:
-    """Raises UserError, with the remedy `if_damaged`, unless all files of a split are there."""
-    for path in builder.info.splits[split].filepaths:
-        if not os.path.isfile(path):
-            raise UserError(f"{builder.info.name}: {path} is missing; {if_damaged}")
+    """Raises UserError, with the remedy `if_damaged`, unless all files of a split are there and complete."""
+    name, directory = builder.name, builder.data_path
+    try:
+        info = builder.info.splits[split]
+        files = list(zip(info.filepaths, info.shard_lengths, strict=True))
+    except Exception as error:  # A damaged description raises unrelated types.
+        raise UserError(
+            f"{name}: dataset_info.json in {directory} is damaged ({reason(error)}); {if_damaged}"
+        ) from error
+    require(bool(files), f"{name}: the split {split!r} in {directory} has no files; {if_damaged}")
+    for path, expected in files:
+        require(os.path.isfile(path), f"{name}: {path} is missing; {if_damaged}")
+        try:
+            found = _num_records(path)
+        except Exception as error:
+            raise UserError(f"{name}: {path} is damaged ({reason(error)}); {if_damaged}") from error
+        require(
+            found == expected,
+            f"{name}: {path} is damaged or another split's ({found} records, of {expected}); {if_damaged}",
+        )
+
+
+def _num_records(path: os.PathLike) -> int:
+    reader = array_record_module.ArrayRecordReader(str(path))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
 
 
 def reason(error: Exception) -> str:

@@ -18,6 +18,7 @@ from qflax.deploy.ranges import EXACT_IN_FLOAT32, integer_ranges
 from qflax.deploy.runner import execute
 from qflax.deploy.stablehlo import to_stablehlo
 from qflax.errors import UserError, choose, require
+from qflax.files import require_makeable, write_atomically
 
 _TOLERANCE = 1e-4  # Relative; float sums depend on their order.
 
@@ -25,17 +26,17 @@ _TOLERANCE = 1e-4  # Relative; float sums depend on their order.
 def _save_qonnx(graph: Graph, file: pathlib.Path) -> None:
     from qflax.deploy.qonnx import to_qonnx
 
-    file.write_bytes(to_qonnx(graph).SerializeToString())
+    write_atomically(file, to_qonnx(graph).SerializeToString())
 
 
 def _save_qcdq(graph: Graph, file: pathlib.Path) -> None:
     from qflax.deploy.qcdq import to_qcdq
 
-    file.write_bytes(to_qcdq(graph).SerializeToString())
+    write_atomically(file, to_qcdq(graph).SerializeToString())
 
 
 def _save_stablehlo(graph: Graph, file: pathlib.Path) -> None:
-    file.write_bytes(to_stablehlo(graph))
+    write_atomically(file, to_stablehlo(graph))
 
 
 _SAVE = {
@@ -88,8 +89,9 @@ def export(
       UserError: unknown format, a file that is there, a network that the format cannot hold.
     """
     choose("format", format, FORMATS)
-    require(not file.exists(), f"{file}: is there already; choose another --output")
+    require(not file.exists(), f"{file}: is there already; delete it, or choose another --output")
     require(file.parent.is_dir(), f"{file.parent}: no such folder; make it, or choose another --output")
+    require_makeable(file.parent)
     graph = lower(functools.partial(function, variables), shape)
     x = probe_input(shape, low, high)
     trained = np.asarray(jax.jit(function)(variables, x), np.float32)

@@ -12,6 +12,7 @@ A ZIP archive, whose entries any tool unpacks and whose checksums find damage:
 """
 
 import dataclasses
+import io
 import json
 import pathlib
 import zipfile
@@ -21,8 +22,9 @@ import numpy as np
 from qflax.deploy.graph import OPERATIONS, Constant, Format, Graph, Node, format_from_json, format_to_json
 from qflax.deploy.operations import value_shapes
 from qflax.errors import UserError, one_line
-from qflax.untrusted import TOTAL, Archive, size_of
+from qflax.files import write_atomically
 from qflax.numerics import IntegerFormat
+from qflax.untrusted import TOTAL, Archive, size_of
 
 VERSION = 1
 _ENTRIES = ("graph.json", "codes.bin", "numbers.bin")
@@ -58,9 +60,11 @@ def save(graph: Graph, path: pathlib.Path) -> None:
         b"".join(_pack(c.array, c.format) for c in constants if c.format is not None),
         b"".join(c.array.astype("<f4").tobytes() for c in constants if c.format is None),
     )
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, part in zip(_ENTRIES, parts, strict=True):
             archive.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED, 9)
+    write_atomically(path, content.getvalue())
 
 
 def load(path: pathlib.Path) -> Graph:

@@ -8,8 +8,8 @@ import numpy as np
 import safetensors
 
 from qflax.errors import UserError, one_line, require
-from qflax.untrusted import open_file
 from qflax.models.torch_file import read_torch
+from qflax.untrusted import open_file
 
 # NumPy's reader in the library knows no bfloat16, its parser does.
 _SAFETENSORS_DTYPES = {

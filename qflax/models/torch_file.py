@@ -8,8 +8,8 @@ import sys
 import numpy as np
 
 from qflax.errors import UserError, one_line, require
-from qflax.untrusted import ELEMENTS, Archive, open_file
 from qflax.models.torch_pickle import DTYPES, Tensor, load
+from qflax.untrusted import ELEMENTS, Archive, open_file
 
 _WRAPPERS = ("state_dict", "model")
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)

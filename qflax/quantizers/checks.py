@@ -1,11 +1,12 @@
 """Checks of single fields that several specs have."""
 
-import math
 import typing
 
 from qflax.errors import choose, require
 
 GRANULARITIES = ("per_tensor", "per_channel")
+
+_SMALLEST, _LARGEST = 1e-30, 1e9  # Within them products of a few are float32.
 
 
 def check_flag(spec: typing.Any, *names: str, or_none: bool = False) -> None:
@@ -21,15 +22,20 @@ def check_number(spec: typing.Any, *names: str, or_none: bool = False) -> None:
     """Raises `UserError` unless the fields are finite numbers, or None if allowed."""
     for name in names:
         value = getattr(spec, name)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        require(ok or (or_none and value is None), f"{name}={value!r}: must be a number")
+        what = f"must be a number, at most {_LARGEST:g}"
+        require(_is_number(value) or (or_none and value is None), f"{name}={value!r}: {what}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def check_positive(spec: typing.Any, *names: str) -> None:
     """Raises `UserError` unless the fields are positive numbers."""
     check_number(spec, *names)
     for name in names:
-        require(getattr(spec, name) > 0, f"{name}={getattr(spec, name)!r}: must be positive")
+        value = getattr(spec, name)
+        require(value >= _SMALLEST, f"{name}={value!r}: must be positive, at least {_SMALLEST:g}")
 
 
 def check_whole(spec: typing.Any, name: str, low: int, high: int, what: str) -> None:
@@ -54,5 +60,6 @@ def check_scale_value(spec: typing.Any) -> None:
     if spec.scale != "constant":
         require(value is None, f"scale_value={value!r}: only scale='constant' takes a value")
         return
-    ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
-    require(ok, f"scale_value={value!r}: scale='constant' needs a positive number")
+    ok = _is_number(value) and value >= _SMALLEST
+    bounds = f"{_SMALLEST:g} to {_LARGEST:g}"
+    require(ok, f"scale_value={value!r}: scale='constant' needs a positive number, {bounds}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from qflax.config import MOST_STEPS
 from qflax.data import Crop, DataFormat, data_format
 from qflax.data.augment import Augmentation
 from qflax.errors import require
@@ -22,6 +23,7 @@ from qflax.training.schedules import relative_learning_rate
 from qflax.training.state import TrainState, create_state, initial_variables
 from qflax.training.step import TrainStep
 
+MOST_EXAMPLES = 2**31 - 1  # Positions in the training stream are int32.
 _MOST_WORKERS = 16  # Unless more are asked for: each holds several batches in shared memory.
 
 
@@ -161,10 +163,21 @@ def abstract_state(config: ml_collections.ConfigDict) -> TrainState:
 
 
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
-    """Length of the run in steps."""
-    if config.num_train_steps > 0:
-        return config.num_train_steps
-    return max(round(config.num_epochs * num_examples / config.batch_size), 1)
+    """Length of the run in steps.
+
+    Raises:
+      UserError: it is longer than its steps and examples can be counted.
+    """
+    by_epochs = max(round(config.num_epochs * num_examples / config.batch_size), 1)
+    field = "num_train_steps" if config.num_train_steps > 0 else "num_epochs"
+    steps = config.num_train_steps if config.num_train_steps > 0 else by_epochs
+    most = min(MOST_STEPS, MOST_EXAMPLES // config.batch_size)
+    require(
+        steps <= most,
+        f"config.{field}={config[field]!r}: {steps:,} steps with config.batch_size={config.batch_size} and "
+        f"{num_examples:,} training images; at most {most:,} are possible: lower it",
+    )
+    return steps
 
 
 def learning_rates(config: ml_collections.ConfigDict, num_examples: int):
@@ -179,6 +192,22 @@ def learning_rates(config: ml_collections.ConfigDict, num_examples: int):
     )
 
 
+def augmentation(config: ml_collections.ConfigDict) -> Augmentation:
+    """What is done to the training images.
+
+    Raises:
+      UserError: it leaves nothing of an image.
+    """
+    side = min(image_format(config).image_shape[:2])
+    for name in ("crop_padding", "cutout"):
+        value = config.augmentation[name]
+        require(
+            value < side,
+            f"config.augmentation.{name}={value}: images are {side} x {side}; choose less than {side}",
+        )
+    return Augmentation(**config.augmentation)
+
+
 def train_step(config: ml_collections.ConfigDict, devices: Devices) -> TrainStep:
     """The step that every device makes."""
     return TrainStep(
@@ -188,7 +217,7 @@ def train_step(config: ml_collections.ConfigDict, devices: Devices) -> TrainStep
         batch_size=config.batch_size,
         num_devices=len(devices),
         num_classes=image_format(config).num_classes,
-        augmentation=Augmentation(**config.augmentation),
+        augmentation=augmentation(config),
         mean=tuple(config.mean),
         std=tuple(config.std),
     )

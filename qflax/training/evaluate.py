@@ -49,10 +49,11 @@ class Evaluator:
           model: computes in float32, whatever it was trained in.
           dataset: the examples.
           devices: they share every batch.
-          batch_size: of all devices together, rounded up to what divides among them.
+          batch_size: of all devices together, at most all examples; rounded up to what divides among them.
           mean, std: normalisation.
           num_workers: processes that read and decode images, where the set is not in memory.
         """
+        batch_size = min(batch_size, max(dataset.num_examples, 1))
         batches = _ResidentBatches if isinstance(dataset, Dataset) else _StreamedBatches
         self._batches = batches(dataset, devices, -(-batch_size // len(devices)), num_workers)
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import shutil
 import tarfile
 
@@ -250,6 +251,68 @@ def test_damaged_records(copy, damage):
 def test_damaged_description(copy, name, damage):
     damage(copy / name)
     with pytest.raises(UserError, match=str(copy)):
+        load("cifar10", "train", data_dir=str(copy.parents[1]))
+
+
+@pytest.mark.parametrize("form", ["truncate", "flip", "zeros"])
+def test_damage_anywhere_is_told_of_or_changes_nothing(copy, prepared, form):
+    """Of every file; checksums find what is damaged in those of records."""
+    rng, whole = random.Random(form), load("cifar10", "train", data_dir=str(prepared))
+    for path in sorted(copy.iterdir()):
+        content = path.read_bytes()
+        for _ in range(6):
+            damaged, place = bytearray(content), rng.randrange(len(content))
+            if form == "truncate":
+                del damaged[place:]
+            elif form == "flip":
+                damaged[place] ^= 1 << rng.randrange(8)
+            else:
+                damaged[place : place + 64] = bytes(len(damaged[place : place + 64]))
+            path.write_bytes(damaged)
+            try:
+                data = load("cifar10", "train", data_dir=str(copy.parents[1]))
+            except UserError as error:
+                assert "\n" not in str(error) and str(copy) in str(error)
+            else:
+                np.testing.assert_array_equal(data.images, whole.images)
+                np.testing.assert_array_equal(data.labels, whole.labels)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("text", ["", "[", "[]", "null", "3", "[" * 10**5, '{"a":' * 3000 + "1" + "}" * 3000])
+def test_descriptions_that_are_none(copy, name, text):
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match="missing or damaged") as caught:
+        load("cifar10", "train", data_dir=str(copy.parents[1]))
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [None, [], ["0"], ["-1"], ["1"], ["61"], ["10000000000000"], ["30", "30"], ["1"] * 100, "60", [1.5]],
+)
+def test_wrong_numbers_of_records(copy, lengths):
+    info = json.loads((copy / "dataset_info.json").read_text())
+    split = next(split for split in info["splits"] if split["name"] == "train")
+    split["shardLengths"] = lengths
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=str(copy)):
+        load("cifar10", "train", data_dir=str(copy.parents[1]))
+
+
+def test_swapped_splits(copy):
+    train, test = (copy / f"cifar10-{split}.array_record-00000-of-00001" for split in ("train", "test"))
+    train.rename(copy / "third"), test.rename(train), (copy / "third").rename(test)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="another split's"):
+            load("cifar10", split, data_dir=str(copy.parents[1]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("_CLASSES", 3), ("_SHAPE", (32, 1, 3))])
+def test_examples_that_are_not_as_they_should_be(copy, monkeypatch, name, value):
+    monkeypatch.setattr(cifar10, name, value)
+    with pytest.raises(UserError, match="train_.* has .* pixels of RGB and the label"):
         load("cifar10", "train", data_dir=str(copy.parents[1]))
 
 

@@ -97,10 +97,27 @@ def test_missing_file(copy):
 def test_damaged_file(copy):
     path = copy / "imagenet2012-train.array_record-00000-of-00001"
     os.truncate(path, path.stat().st_size // 2)
-    train = load("imagenet2012", "train", data_dir=str(copy.parents[1]))
-    with pytest.raises(UserError, match="record 3 of split 'train'.*is damaged") as caught:
-        train.records[3]
+    with pytest.raises(UserError, match=f"{path} is damaged") as caught:
+        load("imagenet2012", "train", data_dir=str(copy.parents[1]))
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_record(copy):
+    path = copy / "imagenet2012-train.array_record-00000-of-00001"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    records = load("imagenet2012", "train", data_dir=str(copy.parents[1])).records
+    with pytest.raises(UserError, match=r"record \d+ of split 'train'.*is damaged") as caught:
+        [records[i] for i in range(len(records))]
+    assert "\n" not in str(caught.value)
+
+
+def test_label_outside_of_the_classes(copy, monkeypatch):
+    monkeypatch.setattr(imagenet, "_CLASSES", 100)
+    records = imagenet.read("train", str(copy.parents[1]))
+    with pytest.raises(UserError, match="has the label"):
+        [records[i] for i in range(len(records))]
 
 
 def test_enough_files_may_be_open(imagenet_dir):
