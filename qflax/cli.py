@@ -7,12 +7,18 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from qflax.errors import Interrupted, UserError, one_line, require, shown, told
-
-FAILED = 1  # Exit code of a verification that found something.
-BAD_INPUT = 2  # Exit code for anything that the user can put right.
-INTERRUPTED = 75  # Exit code of a run that was asked to stop: EX_TEMPFAIL, "try again later".
-ABORTED = 130  # Exit code of anything else after Ctrl-C, as shells have it.
+from qflax.errors import (
+    ABORTED,
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    Interrupted,
+    UserError,
+    one_line,
+    require,
+    shown,
+    told,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +31,12 @@ class _Parser(argparse.ArgumentParser):
 
 def train_main(arguments: Sequence[str]) -> int:
     """train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]; returns the exit code."""
-    return _report_errors(lambda: _train(arguments))
+    code = _report_errors(lambda: _train(arguments))
+    if code in (FAILED, BAD_INPUT):
+        from qflax.runtime import leave_processes
+
+        leave_processes(code)
+    return code
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -36,6 +47,10 @@ def _train(arguments: Sequence[str]) -> None:
         type=_path,
         help="folder for everything the run writes; runs/NAME of the configuration by default",
     )
+    several = parser.add_argument_group("several processes", "SLURM's and TPU slices' need no options")
+    several.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
+    several.add_argument("--num_processes", type=int, metavar="N", help="1 stays alone")
+    several.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
     options, options.rest = parser.parse_known_args(arguments)
     config = _config_of(options, "configs/quickstart.py")
     workdir = options.workdir or pathlib.Path("runs", pathlib.Path(options.config).stem)
@@ -44,11 +59,15 @@ def _train(arguments: Sequence[str]) -> None:
 
     config_lib.validate(config)
     files.require_makeable(workdir)
-    runtime.configure(config.batch_size, config.num_devices)
+    joined = runtime.join_processes(options.coordinator_address, options.num_processes, options.process_id)
+    runtime.configure(config.batch_size, config.num_devices, joined)
     from qflax.training import train
+    from qflax.training.processes import is_first
     from qflax.training.workdir import TABLE_FILE
 
     result = train(config, workdir)
+    if not is_first():
+        return
     print((workdir / TABLE_FILE).read_text())
     if result.get("missed_size_targets"):
         print(

@@ -4,6 +4,12 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+# Exit codes of the programs.
+FAILED = 1  # A verification found something.
+BAD_INPUT = 2  # Anything that the user can put right.
+INTERRUPTED = 75  # A run that can go on: EX_TEMPFAIL, "try again later".
+ABORTED = 130  # Anything else after Ctrl-C, as shells have it.
+
 _LONGEST = 2000  # Characters of a line.
 _LONGEST_VALUE = 300  # Characters of a value in a message.
 

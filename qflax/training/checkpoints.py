@@ -20,6 +20,8 @@ from qflax.files import write_atomically
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
 _METRIC = "validation_accuracy"
+# Of several processes the first one reads and writes, without a word to the others.
+_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 _DIGESTS_FILE = "digests.json"
 # Orbax writes these after the digests; what a state is does not depend on them.
 _NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt", _DIGESTS_FILE)
@@ -137,7 +139,9 @@ class Checkpoints:
             "this workdir again: it goes on from the one before",
         )
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            options = ocp.CompositeOptions(multiprocessing_options=_ALONE)
+            handler = ocp.CompositeCheckpointHandler(composite_options=options)
+            with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
                 found = reader.restore(folder, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -150,6 +154,15 @@ class Checkpoints:
         names = (str(step), *(f"{step}.{i}" for i in range(1, 1000)))
         aside = next(folder / name for name in names if not (folder / name).exists())
         return (self.folder / str(step)).rename(aside)
+
+
+class _Manager(ocp.CheckpointManager):
+    """A manager in one of several processes."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Left to the loop: asked for by one process alone, JAX has no agreement."""
+        del step
+        return False
 
 
 class CheckpointWriter:
@@ -172,10 +185,11 @@ class CheckpointWriter:
             best_fn=lambda metrics: metrics[_METRIC],
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._digest),
+            create=False,
+            multiprocessing_options=_ALONE,
         )
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_names=("state", "record", "metrics")
-        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = _Manager(self._folder, options=options, item_names=("state", "record", "metrics"))
 
     def save(
         self, state, step: int, validation: Mapping[str, float] | None = None, record: Mapping | None = None

@@ -105,6 +105,7 @@ class _StreamedBatches:
         self._batch_size = share * len(devices)
 
     def __iter__(self):
+        own = len(self._devices.local)
         batches = self._dataset.evaluation_batches(
             batch_size=self._batch_size,
             shard=(jax.process_index(), jax.process_count()),
@@ -112,7 +113,7 @@ class _StreamedBatches:
         )
         with contextlib.closing(batches):
             for batch in batches:
-                parts = jax.tree.map(lambda x: x.reshape(len(self._devices), -1, *x.shape[1:]), tuple(batch))
+                parts = jax.tree.map(lambda x: x.reshape(own, -1, *x.shape[1:]), tuple(batch))
                 yield self._devices.split(parts)
 
     def examples(self, index: jax.Array, data: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:

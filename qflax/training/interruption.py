@@ -1,15 +1,17 @@
 """Requests to stop: SIGTERM, as schedulers send it, and Ctrl-C."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
-from qflax.errors import Interrupted
+import jax
+from jax.experimental import multihost_utils
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from qflax.errors import Interrupted
 
 
 class Interruption(contextlib.AbstractContextManager):
@@ -19,6 +21,9 @@ class Interruption(contextlib.AbstractContextManager):
     a second Ctrl-C ends the program at once; further SIGTERMs, which schedulers may repeat, change nothing.
     Outside of the main thread, which alone gets signals, nothing is ever requested.
 
+    Of several processes a signal to one is a request to all, which JAX has them agree on: they stop after the
+    same dispatch, and `at_once` waits for that, too.
+
     Attributes:
       requested: name of the signal that came, or None.
     """
@@ -26,11 +31,15 @@ class Interruption(contextlib.AbstractContextManager):
     def __init__(self):
         """Nothing is requested."""
         self.requested, self._at_once, self._before = None, False, {}
+        self._several = jax.process_count() > 1
+        self._checks = itertools.count()  # JAX's agreement needs numbers that grow by one.
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+            if self._several:  # SIGTERM is JAX's.
+                handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -38,7 +47,9 @@ class Interruption(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises `Interrupted` if it was requested."""
+        """Raises `Interrupted` if it was requested; of several processes all must call it equally often."""
+        if self._several and multihost_utils.reached_preemption_sync_point(next(self._checks)):
+            self.requested = "SIGTERM"
         if self.requested is not None:
             raise Interrupted(self.requested)
 
@@ -51,7 +62,8 @@ class Interruption(contextlib.AbstractContextManager):
         """
         self._at_once = True
         try:
-            self.check()
+            if self.requested is not None:
+                raise Interrupted(self.requested)
             yield
         finally:
             self._at_once = False

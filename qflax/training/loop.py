@@ -14,24 +14,28 @@ import numpy as np
 from qflax import config as config_lib
 from qflax.data import load_training
 from qflax.errors import Interrupted, UserError, require
-from qflax.files import write_atomically
+from qflax.files import require_makeable, write_atomically
 from qflax.layers import sizes
 from qflax.quantizers import PARAMETERS, STATISTICS, widths_frozen
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
-from qflax.training.checkpoints import FOLDER, Checkpoints, CheckpointWriter, Restored
+from qflax.training.checkpoints import Checkpoints
 from qflax.training.diagnosis import first_not_finite
 from qflax.training.interruption import Interruption
 from qflax.training.lock import locked
-from qflax.training.logs import Logs, Progress
+from qflax.training.logs import Progress
 from qflax.training.meter import Meter
 from qflax.training.parallel import Devices
+from qflax.training.processes import from_first, is_first, presence
 from qflax.training.provenance import provenance
+from qflax.training.recorder import Recorder, Silence
 from qflax.training.start import starting_variables
 from qflax.training.state import TrainState
 from qflax.training.stream import stream_of
 from qflax.training.table import cost_table, cost_totals
+
+_MOST_UNROLLED = 16  # Steps of a dispatch, where each is compiled anew.
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
@@ -40,12 +44,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     SIGTERM or Ctrl-C has it save a checkpoint after the step that it is making. From there, or from the last
     checkpoint if it ended otherwise, the next call goes on to the very same result.
 
+    Several processes (`runtime.join_processes`) train together; the first of them alone reads and writes the
+    workdir.
+
     Args:
       config: see `configs/default.py`.
       workdir: receives everything: configuration, checkpoints, logs, result.
 
     Returns:
-      The result, as written to `result.json`.
+      The result, as written to `result.json`; in other processes than the first what they know of it.
 
     Raises:
       UserError: bad input; divergence; a full disk.
@@ -53,11 +60,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config)
-    with Interruption() as interruption, locked(workdir):
+    require_makeable(workdir)
+    lock = locked(workdir) if is_first() else contextlib.nullcontext()
+    with Interruption() as interruption, presence(), lock:
         with interruption.at_once():
-            config_lib.check_unchanged(config, workdir)
-            if (workdir / workdir_lib.RESULT_FILE).exists():
-                return workdir_lib.load_result(workdir)
+            if is_first():
+                config_lib.check_unchanged(config, workdir)
+            if from_first(np.bool_((workdir / workdir_lib.RESULT_FILE).exists())):
+                return workdir_lib.load_result(workdir) if is_first() else {}
             trainer = Trainer(config, workdir, interruption)
         return trainer.run()
 
@@ -93,39 +103,45 @@ class Trainer:
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
         self.origin = provenance(len(self.devices))
-        self.state, self.start, record = self._initial_state()
-        self.logged_step = record.get("logged_step", self.start)
-        config_lib.save(config, workdir)
-        workdir_lib.record_start(workdir, self.start, self.origin)
-        self.checkpoints = CheckpointWriter(workdir, config.keep_checkpoints)
-        self.logs = Logs(workdir, self.logged_step)
-        self.last = self.logs.last_train
-        self.meter = Meter(config.batch_size, self.logs.seconds, record.get("unlogged"))
-        self.progress = Progress(len(self.rates), self.start, self.num_examples / config.batch_size)
+        self.state, record = self._initial_state()
+        self.start = int(self.state.step)
+        self.logged_step = int(from_first(np.int32(record.get("logged_step", self.start))))
+        self.recorder = self._recorder() if is_first() else Silence()
+        self.last = self.recorder.last_train
+        self.meter = Meter(config.batch_size, self.recorder.seconds, record.get("unlogged"))
 
     def run(self) -> dict[str, object]:
         """Trains to the end and evaluates on the test split."""
-        self.progress.say(f"{self.origin['device']}, {self.num_examples} training images")
+        self.recorder.say(f"{self.origin['device']}, {self.num_examples} training images")
         try:
             state = self._steps()
-            self.checkpoints.wait()
+            self.recorder.wait()
             with self.interruption.at_once():
                 return self._finish(state)
         finally:
-            self.progress.close()
-            self.logs.close()
-            self.checkpoints.close()
+            self.recorder.close()
 
-    def _initial_state(self) -> Restored:
-        """The state to go on from, its step, and what the run that saved it had yet to do."""
-        config = self.config
-        if (self.workdir / FOLDER).is_dir():
-            abstract = build.abstract_state(config)
-            restored = Checkpoints(self.workdir).restore_latest(abstract, Progress.say)
-            if restored is not None:
-                return restored
+    def _recorder(self) -> Recorder:
+        return Recorder(
+            self.config,
+            self.workdir,
+            self.origin,
+            start=self.start,
+            logged_step=self.logged_step,
+            total=len(self.rates),
+            steps_per_epoch=self.num_examples / self.config.batch_size,
+        )
+
+    def _initial_state(self) -> tuple[TrainState, dict]:
+        """The state to go on from, which one process reads or makes, and what its run had yet to do."""
+        config, abstract = self.config, build.abstract_state(self.config)
+        if not is_first():
+            return from_first(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)), {}
+        restored = Checkpoints(self.workdir).restore_latest(abstract, Progress.say)
+        if restored is not None:
+            return from_first(restored.state), restored.record
         batches = CalibrationBatches(config, self.train_set)
-        return Restored(build.state(config, starting_variables(config, batches)), 0, {})
+        return from_first(build.state(config, starting_variables(config, batches))), {}
 
     def _steps(self) -> TrainState:
         """Makes all steps that are left."""
@@ -137,7 +153,7 @@ class Trainer:
             for end, data in dispatches:
                 state, metrics = dispatch(state, data, self.rates[step:end], *self.numbers)
                 self.meter.add(metrics)
-                self.progress.advance(end)
+                self.recorder.advance(end)
                 self._attend(state, step, end)
                 step = end
         return state
@@ -169,9 +185,9 @@ class Trainer:
             self._stop(state, before, end, error)
         self._log_training(end, train)
         if validation is not None:
-            self.logs.write(end, validation, "validation")
-            self.progress.say(f"step {end}  validation accuracy {validation['accuracy']:.2%}")
-        if saving:
+            self.recorder.write(end, validation, "validation")
+            self.recorder.say(f"step {end}  validation accuracy {validation['accuracy']:.2%}")
+        if saving and is_first():
             self._log_and_save(state, end, validation)
         self.meter.logged()
 
@@ -179,7 +195,7 @@ class Trainer:
         self._require_finite(state, end)
         if end > self.start:
             record = {"logged_step": before, "unlogged": self.meter.unlogged()}
-            self.checkpoints.save(jax.device_get(state), end, record=record)
+            self.recorder.save(jax.device_get(state), end, record=record)
         raise Interrupted(f"{error}, after step {end} of {len(self.rates)}") from None
 
     def _require_finite(self, state: TrainState, end: int) -> None:
@@ -191,8 +207,7 @@ class Trainer:
         ((_, data),) = self.stream.dispatches(step - 1, step, 1)
         arguments = (state, data, self.stream.axes, self.rates[step - 1], *self.numbers)
         what = first_not_finite(self.step, self.devices, *arguments)
-        self.checkpoints.wait()
-        sound = Checkpoints(self.workdir).latest_sound()
+        sound = self.recorder.wait()
         raise UserError(
             f"step {step} is not finite, first of all {what}; "
             + (f"the last good checkpoint is {sound}" if sound else "there is no checkpoint yet")
@@ -203,16 +218,17 @@ class Trainer:
 
     def _log_training(self, step: int, train: dict[str, float]) -> None:
         before, self.last = self.last, train
-        self.logs.write(step, train, "train")
-        self.progress.show(train)
+        self.recorder.write(step, train, "train")
+        self.recorder.show(train)
         if train.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
-            self.progress.say(f"the widths are frozen at {train['weight_kib']:.2f} KiB of weights")
+            self.recorder.say(f"the widths are frozen at {train['weight_kib']:.2f} KiB of weights")
 
     def _dispatching(self) -> tuple[Callable, Iterator]:
         """The mapped steps of a dispatch, and (end, data) of each dispatch."""
         config, on_cpu = self.config, self.devices.platform == "cpu"
         steps = config.steps_per_dispatch or (1 if on_cpu else self.stream.usual_steps)
-        steps = min(steps, self.num_examples // config.batch_size)
+        most = self.num_examples // config.batch_size
+        steps = min(steps, most, _MOST_UNROLLED if on_cpu else most)
         many = functools.partial(self.step.many, unroll=on_cpu)
         mapped = self.devices.pmap(many, donate=True, data_axes=self.stream.axes)
         return mapped, self.stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
@@ -223,9 +239,9 @@ class Trainer:
         frozen = widths_frozen(host.observed[STATISTICS])
         if frozen is not None and not frozen:
             validation = None  # It shall not be the best: its widths are not yet what they will be.
-        self.logs.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
-        self.logs.write(step, _per_layer(costs, host.variables), "layers")
-        self.checkpoints.save(host, step, validation)
+        self.recorder.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
+        self.recorder.write(step, _per_layer(costs, host.variables), "layers")
+        self.recorder.save(host, step, validation)
 
     def _finish(self, state: TrainState) -> dict[str, object]:
         """Evaluates on the test split, once, and writes the result."""
@@ -235,7 +251,7 @@ class Trainer:
         served = jax.device_get(state.served)
         costs = build.measure_costs(config, served)
         steps = len(self.rates)
-        seconds = self.logs.seconds
+        seconds = self.recorder.seconds
         result = {
             "test_accuracy": test["accuracy"],
             "test_top5_accuracy": test["top5_accuracy"],
@@ -251,7 +267,9 @@ class Trainer:
             **_widths(config, costs, served),
             **self.origin,
         }
-        self.logs.write(steps, test, "test")
+        self.recorder.write(steps, test, "test")
+        if not is_first():
+            return result
         table = cost_table(costs, config.size_targets, config.size_strengths)
         write_atomically(self.workdir / workdir_lib.TABLE_FILE, table + "\n")
         write_atomically(self.workdir / workdir_lib.RESULT_FILE, json.dumps(result, indent=2) + "\n")

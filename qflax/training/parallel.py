@@ -6,15 +6,20 @@ import jax
 import numpy as np
 
 from qflax.errors import require
+from qflax.training.processes import require_all_devices
 
 AXIS = "batch"
 
 
 class Devices:
-    """The devices that share every batch.
+    """The devices that share every batch, of all processes.
 
     State goes in and comes out replicated (`in_axes=None`, `out_axes=None`), as ordinary arrays that every
-    device holds whole.
+    device of this process holds whole. Each process hands in its own devices' parts of what is split.
+
+    Attributes:
+      devices: all, process by process.
+      local: this process's.
     """
 
     def __init__(self, num_devices: int = 0, batch_size: int | None = None):
@@ -27,11 +32,8 @@ class Devices:
         Raises:
           UserError: there are not so many devices, or a batch does not divide.
         """
-        require(
-            jax.process_count() == 1,
-            f"{jax.process_count()} processes share the devices; training across processes is not there yet",
-        )
-        available = jax.devices()
+        require_all_devices(num_devices)
+        available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         require(
             num_devices <= len(available),
             f"config.num_devices={num_devices}: there are {len(available)}; set at most that, or 0 for all",
@@ -42,9 +44,16 @@ class Devices:
             f"config.batch_size={batch_size}: not divisible by {len(self.devices)} devices; choose a "
             f"multiple of {len(self.devices)}, or set config.num_devices",
         )
-        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+        own = jax.process_index()
+        self.local = [device for device in self.devices if device.process_index == own]
+        self._places = [i for i, device in enumerate(self.devices) if device.process_index == own]
+        mesh = jax.sharding.Mesh(np.array(self.local), (AXIS,))
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+        if jax.process_count() > 1:
+            # They connect at the first collective, and wait for each other only 30 seconds then; later, when
+            # one of them may compile for minutes, without a limit.
+            jax.block_until_ready(self.pmap(lambda x, *_: jax.lax.psum(x, AXIS))(np.float32(1), None))
 
     def __len__(self) -> int:
         return len(self.devices)
@@ -59,7 +68,7 @@ class Devices:
         return jax.device_put(tree, self._replicated)
 
     def split(self, tree):
-        """Puts host arrays [devices, ...] on the devices, one part on each."""
+        """Puts host arrays [local devices, ...] on the devices of this process, one part on each."""
         return jax.device_put(tree, self._split)
 
     def pmap(self, function: Callable, donate: bool = False, data_axes=None) -> Callable:
@@ -76,7 +85,7 @@ class Devices:
         Returns:
           `(state, data, *rest) -> result`.
         """
-        indices = np.arange(len(self), dtype=np.int32)
+        indices = np.array(self._places, np.int32)
         # A tuple in `in_axes`: JAX takes a flat one for the axes of leaves, where there are as many of them.
         mapped = jax.pmap(
             lambda state, index, rest: function(state, index, rest[0], *rest[1]),

@@ -179,7 +179,7 @@ class HostStream(Stream):
         parts = [next(batches) for _ in range(first, stop)]
 
         def stack(arrays):
-            split = [array.reshape(len(self._devices), -1, *array.shape[1:]) for array in arrays]
+            split = [array.reshape(len(self._devices.local), -1, *array.shape[1:]) for array in arrays]
             return self._devices.split(np.stack(split, axis=1))
 
         images, labels = stack([part.images for part in parts]), stack([part.labels for part in parts])

@@ -25,6 +25,7 @@ from qflax.training.evaluate import Evaluator
 from qflax.training.lock import locked
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
+from qflax.training.processes import from_first, is_first
 from qflax.training.provenance import provenance
 from qflax.training.state import TrainState
 
@@ -176,7 +177,9 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
         f"config.distillation.teacher={fields.teacher!r}: weights without a configuration; make a workdir of "
         "them (qflax import FILE --config=... --workdir=DIR) and name that, or set it to '' for no teacher",
     )
-    its, state = load_workdir(teacher)
+    its = config_lib.load(teacher)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), build.abstract_state(its))
+    state = from_first(load_workdir(teacher)[1] if is_first() else state)
     own_format, its_format = build.image_format(config), build.image_format(its)
     require(
         (config.dataset, own_format) == (its.dataset, its_format),
