@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import os
 import pathlib
 import sys
@@ -247,10 +248,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report_errors(run: Callable[[], int | None]) -> int:
-    from absl import logging
+    from absl import logging as absl_logging
 
     # Orbax tells of every file that it writes, and with tracebacks of errors that it raises as well.
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("asyncio", "concurrent.futures"):  # So do the threads that it writes in.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Paths may be no text.

@@ -1,9 +1,20 @@
 """Files that are there whole or not at all."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 from qflax.errors import require
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Has an `OSError` of writing name the file; the system's own tells only the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, error.filename or str(path)) from None
 
 
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
@@ -14,7 +25,7 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with naming(path), unfinished.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

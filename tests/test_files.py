@@ -21,7 +21,7 @@ def test_what_was_there_stays_where_there_is_no_room(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="File too large: .*/a"):
             write_atomically(tmp_path / "a", "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

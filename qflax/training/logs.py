@@ -10,7 +10,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from qflax.errors import UserError
-from qflax.files import write_atomically
+from qflax.files import naming, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -33,7 +33,7 @@ class Logs:
         Raises:
           UserError: `metrics.jsonl` is damaged.
         """
-        path = workdir / METRICS_FILE
+        self._path = path = workdir / METRICS_FILE
         parsed = [(line, _row(path, number, line)) for number, line in enumerate(_lines(path), 1)]
         # The final evaluation of a run that ended within it comes again.
         parsed = [
@@ -59,8 +59,9 @@ class Logs:
         self.seconds = max(self.seconds, scalars.get("seconds", 0.0))
         for name, value in scalars.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
-        self._file.write(json.dumps({"step": step, "group": group, **scalars}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, "group": group, **scalars}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Writes what is left."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qflax.data import Dataset
-from qflax.quantizers import calibrate
+from qflax.quantizers import CONSTRAINTS, PARAMETERS, calibrate, constrain
 from qflax.training import build
 from qflax.training.diagnosis import first_not_finite
 from qflax.training.parallel import Devices
@@ -34,6 +34,8 @@ class Run:
             network, initial_variables(network, SHAPE, 1), [images.astype(np.float32) / 255], train=True
         )
         self.initial = build.state(config, variables)
+        example = np.zeros((1, *SHAPE), np.float32)
+        _, self.reported = network.apply(variables, example, train=False, mutable=[CONSTRAINTS])
         self.step = build.train_step(config, self.devices)
         self.dispatch = self.devices.pmap(functools.partial(self.step.many, unroll=True))
 
@@ -68,11 +70,12 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(make_tiny_config):
-    """A float network and a quantized one with averaged weights."""
-    plain, quantized = make_tiny_config(), make_tiny_config()
+    """A float network, one with learned scales and averaged weights, one with learned widths."""
+    plain, quantized, learned = make_tiny_config(), make_tiny_config(), make_tiny_config()
     plain.weights = plain.activations = None
     quantized.ema_decay = 0.9
-    return {"float": Run(plain), "quantized": Run(quantized)}
+    learned.weights = learned.activations = dict(kind="mixed_precision", bits=6)
+    return {"float": Run(plain), "quantized": Run(quantized), "learned": Run(learned)}
 
 
 @pytest.fixture
@@ -125,6 +128,21 @@ def test_one_bad_step_too_many_leaves_the_state_before_it_whatever_comes(network
     *_, skipped, stuck, still = network.states([1, np.nan, np.nan, 1], skip=1)
     assert [n for _, n in (skipped, stuck, still)] == [1, 2, 2]
     assert int(still[0].step) == 2 and same(learned(skipped[0]), learned(still[0]))
+
+
+@pytest.mark.parametrize("network", ["quantized", "learned"], indirect=True)
+@pytest.mark.parametrize("rate", [1e6, 1e30, np.inf])
+def test_scales_and_widths_stay_within_bounds_whatever_moves_them(network, rate):
+    numbers, penalties = network.numbers(skip=10)
+    numbers = numbers.replace(quantizer_learning_rate=jnp.float32(rate))
+    state, moved = network.devices.replicate(network.initial), []
+    for i in range(3):
+        state, _ = network.dispatch(state, network.data(i), np.float32([1]), numbers, penalties)
+        parameters = jax.device_get(state.trained[PARAMETERS])
+        moved.append(not same(parameters, network.initial.trained[PARAMETERS]))
+        assert same(constrain(parameters, network.reported), parameters)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    assert all(moved) or rate == np.inf  # Infinite updates are steps to skip.
 
 
 @plain
