@@ -231,7 +231,7 @@ class TrainStep:
 
 
 def _all_finite(tree) -> jax.Array:
-    # One reduction: with one for each leaf, each fused with that leaf's update, XLA takes six times as long to
-    # compile the step.
+    # One reduction: with one for each leaf, each fused with that leaf's update, XLA takes six times as long
+    # to compile the step.
     leaves = [jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.isfinite(jnp.concatenate(leaves)))
