@@ -10,7 +10,7 @@ BAD_INPUT = 2  # Anything that the user can put right.
 INTERRUPTED = 75  # A run that can go on: EX_TEMPFAIL, "try again later".
 ABORTED = 130  # Anything else after Ctrl-C, as shells have it.
 
-_LONGEST = 2000  # Characters of a line.
+_LONGEST = 1400  # Characters of a line.
 _LONGEST_VALUE = 300  # Characters of a value in a message.
 
 # What to do about errors of the operating system.

@@ -19,6 +19,7 @@ _FAREWELL = 0  # Otherwise a process tells the exit code that it ends with.
 _GRACE = 1.0  # Seconds in which all may come to the same end by themselves.
 _RELAY = 3.0  # Seconds that the first process, whose end JAX answers with an abort, leaves to the others.
 _CONNECT_SECONDS = 60
+_TOKEN_BYTES = 16
 
 
 def is_first() -> bool:
@@ -70,21 +71,30 @@ class _Presence(contextlib.AbstractContextManager):
             time.sleep(_RELAY)
 
     def _connect(self) -> None:
-        first = is_first()
+        """Connects; whoever does not know the token of this run is not of it."""
+        first, token = is_first(), np.frombuffer(os.urandom(_TOKEN_BYTES), np.uint8)
         server = socket.create_server(("", 0)) if first else None
-        port = int(from_first(np.int32(server.getsockname()[1] if first else 0)))
-        if first:
-            with server:
-                server.settimeout(_CONNECT_SECONDS)
-                for _ in range(jax.process_count() - 1):
-                    link, _ = server.accept()
-                    link.settimeout(None)
-                    self._links[link] = int.from_bytes(link.recv(4, socket.MSG_WAITALL), "big")
-        else:
-            link = socket.create_connection((self._host, port), timeout=_CONNECT_SECONDS)
-            link.settimeout(None)
-            link.sendall(jax.process_index().to_bytes(4, "big"))
-            self._links[link] = 0
+        port, token = from_first((np.int32(server.getsockname()[1] if first else 0), token))
+        token = np.asarray(token).tobytes()
+        if not first:
+            link = socket.create_connection((self._host, int(port)), timeout=_CONNECT_SECONDS)
+            link.sendall(token + jax.process_index().to_bytes(4, "big"))
+            self._add(link, 0)
+            return
+        with server:
+            server.settimeout(_CONNECT_SECONDS)
+            while len(self._links) < jax.process_count() - 1:
+                link, _ = server.accept()
+                link.settimeout(_CONNECT_SECONDS)
+                told = link.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
+                if told[:_TOKEN_BYTES] == token:
+                    self._add(link, int.from_bytes(told[_TOKEN_BYTES:], "big"))
+                else:
+                    link.close()
+
+    def _add(self, link: socket.socket, other: int) -> None:
+        link.settimeout(None)
+        self._links[link] = other
 
     def _say(self, code: int) -> None:
         for link in self._links:

@@ -58,7 +58,7 @@ def test_nothing_is_written_over_or_wrongly(tmp_path, trained, monkeypatch):
     function, variables = trained("int4")
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UserError, match="is there already; choose another --output"):
+    with pytest.raises(UserError, match="is there already; delete it, or choose another --output"):
         export(function, variables, SHAPE, file, format="packed")
     with pytest.raises(UserError, match="no such folder"):
         export(function, variables, SHAPE, tmp_path / "none" / "file", format="packed")

@@ -142,7 +142,8 @@ def test_scales_and_widths_stay_within_bounds_whatever_moves_them(network, rate)
         moved.append(not same(parameters, network.initial.trained[PARAMETERS]))
         assert same(constrain(parameters, network.reported), parameters)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
-    assert all(moved) or rate == np.inf  # Infinite updates are steps to skip.
+    # The first step has no gradients: the classifier is zero. Infinite updates are steps to skip.
+    assert all(moved[1:]) or rate == np.inf
 
 
 @plain
