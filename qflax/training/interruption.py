@@ -39,7 +39,9 @@ class Interruption(contextlib.AbstractContextManager):
             handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
             if self._several:  # SIGTERM is JAX's.
                 handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+            for number, handler in handlers.items():
+                if signal.getsignal(number) != signal.SIG_IGN:  # As of Ctrl-C in jobs in the background.
+                    self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -73,7 +75,8 @@ class Interruption(contextlib.AbstractContextManager):
         if self.requested is not None:
             return
         self.requested = signal.Signals(number).name
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
         # Not print: the signal may have come in the midst of one.
         os.write(sys.stderr.fileno(), f"{self.requested}: stopping\n".encode())
         if self._at_once:

@@ -10,6 +10,14 @@ from qflax.errors import Interrupted
 from qflax.training.interruption import Interruption
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Python's own ones: a process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_a_request(number):
     with Interruption() as interruption:
@@ -39,6 +47,16 @@ def test_where_nothing_is_to_be_saved_it_stops_at_once():
         with pytest.raises(Interrupted), interruption.at_once():  # It came before.
             done.append("even more")
     assert not done
+
+
+def test_what_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.requested is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested == "SIGTERM"
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_handlers_come_back():

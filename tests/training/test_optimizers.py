@@ -16,6 +16,7 @@ NUMBERS = {
     "gradient_clip": 0.0,
     "ema_decay": 0.0,
     "label_smoothing": 0.0,
+    "skip_bad_steps": 0,
 }
 
 

@@ -10,7 +10,7 @@ from qflax import config as config_lib
 from qflax.data import load
 from qflax.errors import UserError
 from qflax.training import build
-from qflax.training.checkpoints import Checkpoints
+from qflax.training.checkpoints import CheckpointWriter
 from qflax.training.start import starting_variables
 from qflax.training.state import initial_variables
 
@@ -26,7 +26,7 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
     variables = initial_variables(build.model(tiny_config), (32, 32, 3), 0)
     workdir = tmp_path / "float"
     config_lib.save(tiny_config, workdir)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointWriter(workdir)
     checkpoints.save(jax.device_get(build.state(tiny_config, variables)), 0)
     checkpoints.close()
 
@@ -58,7 +58,7 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
 def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
     variables = initial_variables(build.model(tiny_config), (32, 32, 3), 0)
     config_lib.save(tiny_config, tmp_path)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path)
     checkpoints.save(jax.device_get(build.state(tiny_config, variables)), 0)
     checkpoints.close()
     tiny_config.init_from = str(tmp_path)
