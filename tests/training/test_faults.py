@@ -1,7 +1,6 @@
 """Runs that are killed at any moment end as if they had not been."""
 
 import json
-import os
 import pathlib
 import random
 import signal
@@ -86,11 +85,18 @@ def wait_until(condition, process):
         time.sleep(0.002)
 
 
+def inode(workdir):
+    """Of the metrics, which every start replaces once it has cleaned up what the one before left."""
+    path = workdir / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
+
+
 def kill(workdir, number, moment):
-    """Trains until a moment, a function of the workdir that waits for it, and sends a signal; exit code."""
+    """Trains until a moment, a function that waits for it, and sends a signal; exit code."""
+    before = inode(workdir)
     process = start(workdir)
     try:
-        moment(workdir, process)
+        moment(process, lambda: inode(workdir) not in (None, before))
         process.send_signal(number)
         return process.wait(timeout=120)
     finally:
@@ -116,61 +122,61 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def after(step, seconds=0.0):
+def after(workdir, step, seconds=0.0):
     """The moment some time after a step was logged."""
 
-    def moment(workdir, process):
-        wait_until(lambda: reached(workdir, step), process)
+    def moment(process, begun):
+        wait_until(lambda: begun() and reached(workdir, step), process)
         time.sleep(seconds)
 
     return moment
 
 
-def saving(step):
+def saving(workdir, step):
     """The moment at which a checkpoint is half written, the first one at the step or after it."""
 
-    def moment(workdir, process):
+    def moment(process, begun):
         def unfinished():
             names = [path.name for path in (workdir / "checkpoints").glob("*tmp*")]
             return any(int(name.partition(".")[0]) >= step for name in names)
 
-        wait_until(unfinished, process)
+        wait_until(lambda: begun() and unfinished(), process)
 
     return moment
 
 
 def test_three_kills_leave_no_trace(whole, tmp_path):
     workdir = tmp_path / "run"
-    assert kill(workdir, signal.SIGTERM, after(4)) == INTERRUPTED, messages(workdir)
+    assert kill(workdir, signal.SIGTERM, after(workdir, 4)) == INTERRUPTED, messages(workdir)
     first = Checkpoints(workdir).steps[-1]
     assert f"SIGTERM, after step {first} of {STEPS}; the same command goes on" in messages(workdir)
-    assert kill(workdir, signal.SIGKILL, saving(first + 4)) == -signal.SIGKILL
-    assert kill(workdir, signal.SIGKILL, after(first + 8)) == -signal.SIGKILL
+    assert kill(workdir, signal.SIGKILL, saving(workdir, first + 4)) == -signal.SIGKILL
+    assert kill(workdir, signal.SIGKILL, after(workdir, first + 8)) == -signal.SIGKILL
     assert start(workdir).wait(timeout=600) == 0, messages(workdir)
     assert "Traceback" not in messages(workdir)
     assert_same_end(workdir, whole)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("seed", range(2))
-def test_twenty_kills_at_random_moments_leave_no_trace(whole, tmp_path, seed):
-    workdir, draw, kills, outcomes = tmp_path / "run", random.Random(seed), 0, []
-    while kills < 20:
-        number = draw.choice((signal.SIGTERM, signal.SIGKILL))
-        at = Checkpoints(workdir).steps[-1] if Checkpoints(workdir).steps else 0
-        if at >= STEPS - 2:
-            break
-        kind = draw.choice(("start", "steps", "save"))
-        if kind == "start":
-            code = kill(workdir, number, lambda *_: time.sleep(draw.uniform(0, 12)))
-        elif kind == "save":
-            code = kill(workdir, number, saving(at + 1))
-        else:
-            code = kill(workdir, number, after(at + 1, draw.uniform(0, 0.5)))
-        outcomes.append((kind, signal.Signals(number).name, at, code))
-        kills += 1
-    print(*outcomes, sep="\n")
-    assert start(workdir).wait(timeout=600) == 0, messages(workdir)
-    assert "Traceback" not in messages(workdir)
-    assert_same_end(workdir, whole)
-    assert os.listdir(workdir / "checkpoints")
+def test_twenty_kills_at_random_moments_leave_no_trace(whole, tmp_path):
+    draw, kills, runs = random.Random(0), [], 0
+    while len(kills) < 20:
+        workdir = tmp_path / f"run{runs}"
+        while len(kills) < 20 and not (workdir / "result.json").exists():
+            steps = Checkpoints(workdir).steps
+            at = steps[-1] if steps else 0
+            number, kind = (
+                draw.choice((signal.SIGTERM, signal.SIGKILL)),
+                draw.choice(("start", "step", "save")),
+            )
+            moment = {
+                "start": lambda *_: time.sleep(draw.uniform(0, 10)),
+                "step": after(workdir, at + 1, draw.uniform(0, 0.3)),
+                "save": saving(workdir, at + 1),
+            }[kind]
+            kills.append((kind, number.name, at, kill(workdir, number, moment)))
+            print(runs, *kills[-1])
+        assert start(workdir).wait(timeout=600) == 0, messages(workdir)
+        assert "Traceback" not in messages(workdir)
+        assert_same_end(workdir, whole)
+        runs += 1
