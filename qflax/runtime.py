@@ -40,6 +40,11 @@ def join_processes(
     given = (coordinator_address, num_processes, process_id)
     if num_processes == 1 or (given == (None, None, None) and not _others(os.environ)):
         return 1
+    require(
+        jax.__version_info__ >= (0, 10),
+        f"several processes need JAX 0.10, this is {jax.__version__}; upgrade it, or train alone with "
+        "--num_processes=1",
+    )
     fields = {}
     if given != (None, None, None):
         require(
