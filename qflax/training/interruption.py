@@ -33,6 +33,7 @@ class Interruption(contextlib.AbstractContextManager):
         self.requested, self._at_once, self._before = None, False, {}
         self._several = jax.process_count() > 1
         self._checks = itertools.count()  # JAX's agreement needs numbers that grow by one.
+        self._unraisable = sys.unraisablehook
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -42,11 +43,18 @@ class Interruption(contextlib.AbstractContextManager):
             for number, handler in handlers.items():
                 if signal.getsignal(number) != signal.SIG_IGN:  # As of Ctrl-C in jobs in the background.
                     self._before[number] = signal.signal(number, handler)
+            sys.unraisablehook = self._leave_noted
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
+
+    def _leave_noted(self, unraisable) -> None:
+        """Python raises nothing out of callbacks of its own; the request stays, and is attended to later."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._unraisable(unraisable)
 
     def check(self) -> None:
         """Raises `Interrupted` if it was requested; of several processes all must call it equally often."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 
@@ -57,6 +58,21 @@ def test_what_is_ignored_stays_so():
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.requested == "SIGTERM"
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_where_nothing_can_be_raised_the_request_stays(capfd):
+    class Thing:
+        pass
+
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with Interruption() as interruption:
+        with interruption.at_once():
+            del thing
+        assert interruption.requested == "SIGTERM" and reference() is None
+        with pytest.raises(Interrupted):
+            interruption.check()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_handlers_come_back():
