@@ -309,10 +309,13 @@ def test_swapped_splits(copy):
             load("cifar10", split, data_dir=str(copy.parents[1]))
 
 
-@pytest.mark.parametrize(("name", "value"), [("_CLASSES", 3), ("_SHAPE", (32, 1, 3))])
-def test_examples_that_are_not_as_they_should_be(copy, monkeypatch, name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("_CLASSES", 3, "has the label"), ("_PNG", cifar10._PNG[:-1] + b"\6", "is no sound PNG image")],
+)
+def test_examples_that_are_not_as_they_should_be(copy, monkeypatch, name, value, told):
     monkeypatch.setattr(cifar10, name, value)
-    with pytest.raises(UserError, match="train_.* has .* pixels of RGB and the label"):
+    with pytest.raises(UserError, match=f"train_.* {told}"):
         load("cifar10", "train", data_dir=str(copy.parents[1]))
 
 
