@@ -127,6 +127,7 @@ class Quantizer(nn.Module):
             return self.get_variable(GIVEN, "x_min"), self.get_variable(GIVEN, "x_max")
         if not self.weights:
             self.sow(OBSERVED, "calls", Observed(x, self._statistic))
+            x = self._statistic.sample(x)
         return jax.lax.stop_gradient(self._statistic.range_of(x))
 
     @property

@@ -1,7 +1,9 @@
 """Statistics that choose the range of a uniform quantizer from data."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ STATISTICS_KINDS = ("absmax", "percentile", "mse", "kl", "mean")
 
 _CANDIDATES = 100
 _KL_BINS = 2048
+_SAMPLE = 2**17  # Elements.
+_BLOCK = 2**15  # Elements that a core's cache holds beside what is computed from them.
 SMALLEST_RANGE = 1e-10
 
 
@@ -40,6 +44,19 @@ class Statistic:
             return magnitudes(x, self.format, self.per_channel)
         return x.astype(jnp.float32).reshape(1, -1)
 
+    def sample(self, x: jax.Array) -> jax.Array:
+        """What of activations [..., channels] their range is chosen from: [positions, channels].
+
+        All of them for `absmax` and `mean`. The other kinds pass over them many times, or sort them: at most
+        about 2^17 elements, at positions as far from each other.
+        """
+        x = x.reshape(-1, x.shape[-1])
+        if self.kind in ("absmax", "mean"):
+            return x
+        # Sizes of images are often powers of two, of which an odd stride visits all columns and rows.
+        return x[:: math.ceil(x.size / _SAMPLE) | 1]
+
+    @functools.partial(jax.jit, static_argnums=0)  # Traced once for all quantizers that see the same shape.
     def range_of(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         """Lower end, which a symmetric range has none, and upper end: float32 [] or [channels]."""
         options = {"percentile": self.percentile}
@@ -151,22 +168,38 @@ def squared_errors(rows: jax.Array, largest: jax.Array, fmt: IntegerFormat) -> j
     """
     largest = jnp.maximum(largest, SMALLEST_RANGE)
 
-    def error(fraction):
+    def error(part, fraction):
         scale = (largest * fraction / fmt.threshold)[:, None]
-        return jnp.sum((fmt.fake_quant(rows, scale) - rows) ** 2, axis=1)
+        return jnp.sum((fmt.fake_quant(part, scale) - part) ** 2, axis=1)
 
-    return jax.lax.map(error, fractions())
+    return _of_candidates(error, rows)
 
 
 def asymmetric_squared_errors(x: jax.Array, low: jax.Array, high: jax.Array, fmt: IntegerFormat) -> jax.Array:
     """Of every candidate, a fraction of both ends, the squared error summed over `x` [elements]: [100]."""
 
-    def error(fraction):
+    def error(part, fraction):
         scale = jnp.maximum((high - low) * fraction, SMALLEST_RANGE) / (fmt.num_codes - 1)
         zero_point = jnp.clip(jnp.round(fmt.lowest - low * fraction / scale), fmt.lowest, fmt.highest)
-        return jnp.sum((fmt.fake_quant(x, scale, zero_point) - x) ** 2)
+        return jnp.sum((fmt.fake_quant(part, scale, zero_point) - part) ** 2, axis=1)
 
-    return jax.lax.map(error, fractions())
+    return _of_candidates(error, x[None])[:, 0]
+
+
+def _of_candidates(error: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+    """Sums `error` [rows] of parts of `rows` [rows, elements] for every candidate: [100, rows].
+
+    Part by part, which is twice as fast as candidate by candidate on a CPU. What is filled up with zeros has
+    no error.
+    """
+    count, size = rows.shape
+    width = min(max(_BLOCK // count, 1), size)
+    parts = jnp.pad(rows, ((0, 0), (0, -size % width))).reshape(count, -1, width).swapaxes(0, 1)
+
+    def add(total, part):
+        return total + jax.lax.map(functools.partial(error, part), fractions()), None
+
+    return jax.lax.scan(add, jnp.zeros((_CANDIDATES, count)), parts)[0]
 
 
 def histogram(rows: jax.Array, largest: jax.Array) -> jax.Array:
