@@ -41,6 +41,7 @@ _ARCHITECTURES = {
 MODELS = tuple(_ARCHITECTURES)
 
 
+@functools.lru_cache(maxsize=16)  # The same object for the same network, so that JAX traces it once.
 def build_model(
     name: str,
     *,

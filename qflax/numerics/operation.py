@@ -55,6 +55,11 @@ def _evaluate(*arrays, operation, options):
 
 @PRIMITIVE.def_abstract_eval
 def _abstract(*avals, operation, options):
+    return _abstract_of(operation, options, *avals)
+
+
+@functools.cache
+def _abstract_of(operation: Operation, options: tuple, *avals: jax.core.ShapedArray) -> jax.core.ShapedArray:
     out = jax.eval_shape(_inlined(operation, options), *avals)
     return jax.core.ShapedArray(out.shape, out.dtype)
 

@@ -21,6 +21,9 @@ class Rule:
     layers: str
     overrides: Mapping[str, Mapping | None]
 
+    def __hash__(self):
+        return hash(self.layers)  # Mappings have none.
+
     def matches(self, path: str) -> bool:
         """Whether the rule is about the layer at `path`."""
         return fnmatch.fnmatchcase(path, self.layers)

@@ -1,5 +1,6 @@
 """Everything that a training step changes."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -72,5 +73,9 @@ def create_state(
 
 def initial_variables(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> dict:
     """Random initial variables, a function of the seed alone."""
-    example = jnp.zeros((1, *image_shape), jnp.float32)
-    return jax.jit(lambda key: model.init(key, example, train=False))(jax.random.key(seed))
+    return _initialize(model, tuple(image_shape), jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initialize(model: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> dict:
+    return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
