@@ -17,6 +17,7 @@ from qflax.layers.operands import (
     quantize_outputs,
     quantize_weights,
 )
+from qflax.numerics import convolve
 from qflax.quantizers import FLOAT, Quantization, QuantizedArray, value_of
 
 
@@ -58,18 +59,14 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         quantized = quantize_weights(self, self.quantization, kernel, inputs)
         dtype = compute_dtype(self.dtype, x)
-        convolve = functools.partial(
-            jax.lax.conv_general_dilated,
-            window_strides=(self.strides, self.strides),
-            padding=self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.feature_group_count,
+        multiply = functools.partial(
+            convolve, stride=self.strides, padding=self.padding, groups=self.feature_group_count
         )
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
             bias = quantize_bias(self, self.quantization, bias, quantized, inputs)
-        y = affine(convolve, inputs, quantized, bias, dtype)
+        y = affine(multiply, inputs, quantized, bias, dtype)
         outputs = quantize_outputs(self, self.quantization, y)
         report(
             self,

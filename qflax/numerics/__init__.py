@@ -8,6 +8,7 @@ from qflax.numerics.accumulator_aware import (
     within_accumulator,
 )
 from qflax.numerics.arithmetic import product, quotient
+from qflax.numerics.convolution import convolve
 from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
 from qflax.numerics.minifloat import MINIFLOAT_SURROGATES, MinifloatEstimator, MinifloatFormat
@@ -41,6 +42,7 @@ __all__ = [
     "accumulator_extremes",
     "bit_width",
     "code_sums",
+    "convolve",
     "data_type_width",
     "floor_at",
     "highest_code",
