@@ -44,5 +44,5 @@ setup(
         "tqdm>=4.66.5",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["qflax=qflax.cli:main"]},
+    entry_points={"console_scripts": ["qflax=qflax.__main__:run"]},
 )

@@ -2,7 +2,9 @@
 
 import sys
 
+from qflax import cpu
 from qflax.cli import train_main
 
 if __name__ == "__main__":
+    cpu.use_huge_pages()
     sys.exit(train_main(sys.argv[1:]))

@@ -1,137 +1,224 @@
-"""Seconds per training step of each quantizer against the float network, in one run.
+"""Seconds per training step of qflax's quantizers and of other libraries', in one run.
 
 python -m benchmarks.step_time --model=resnet20 --batch_size=128 --rounds=9 --output=step_time.json
 
-The variants take turns, one step each a round, so that whatever else the machine does hits all of them;
-the table gives the minimum and the median over the rounds and the ratio of medians to float.
+Every contender trains the same network on the same images in a process of its own, with the same number of
+threads and the same heap. They take turns, so that whatever else the machine does hits all of them: in each
+round every one makes a step that is not timed, and then `--steps` that are, while the others wait. What is
+not installed is left out and said. The extra `benchmark` installs the others.
 """
 
 import argparse
-import functools
+import importlib
 import json
+import os
 import pathlib
+import resource
+import subprocess
+import sys
 import time
 
-import jax
 import numpy as np
 
-from configs import default
-from qflax import runtime
-from qflax.data import Dataset, data_format
-from qflax.quantizers import calibrate
-from qflax.training import build
-from qflax.training.parallel import Devices
-from qflax.training.provenance import provenance
-from qflax.training.state import initial_variables
-from qflax.training.stream import stream_of
+from benchmarks.peers.problem import Problem
+from qflax import cpu
 
-_LSQ = dict(scale="lsq", statistic="mse")
-_UINT4 = dict(bits=4, **_LSQ)
-_E4M3 = dict(kind="minifloat", exponent_bits=4, mantissa_bits=3, specials="nan")
-_A2Q = dict(kind="accumulator_aware", bits=4, accumulator_bits=16)
-# The stem's input is float.
-_STEM = (dict(layers="conv_init", weights=dict(kind="uniform", bits=8)),)
-_HEAD = (dict(layers="classifier", weights=dict(kind="uniform", bits=8)),)
-VARIANTS = {
-    "float": (None, None),
-    "int8 lsq": (dict(bits=8, granularity="per_channel", **_LSQ), dict(bits=8, **_LSQ)),
-    "int4 lsq": (dict(bits=4, granularity="per_channel", **_LSQ), _UINT4),
-    "int4 statistic, learned range": (
-        dict(bits=4, scale="statistic", granularity="per_channel"),
-        dict(bits=4, scale="range"),
-    ),
-    "int4 ewgs": (
-        dict(bits=4, granularity="per_channel", surrogate="ewgs", **_LSQ),
-        dict(bits=4, surrogate="ewgs", **_LSQ),
-    ),
-    "int4 asymmetric activations": (
-        dict(bits=4, granularity="per_channel", **_LSQ),
-        dict(bits=4, scale="lsq", symmetric=False),
-    ),
-    "learned widths": (dict(kind="mixed_precision", bits=4), dict(kind="mixed_precision", bits=6)),
-    "learned widths per channel": (
-        dict(kind="mixed_precision", bits=4, granularity="per_channel"),
-        dict(kind="mixed_precision", bits=6, granularity="per_channel"),
-    ),
-    "a2q": (dict(variant="a2q", **_A2Q), _UINT4, *_STEM, *_HEAD),
-    "a2q+": (_A2Q, _UINT4, *_STEM, *_HEAD),
-    "e4m3": (_E4M3, _E4M3),
-    "e4m3, learned ranges": (
-        dict(scale="range", granularity="per_channel", **_E4M3),
-        dict(scale="range", **_E4M3),
-    ),
-    "e3m1": (dict(kind="minifloat", exponent_bits=3, mantissa_bits=1),) * 2,
-}
+_MODULES = (
+    "benchmarks.contenders",
+    "benchmarks.peers.torch_peers",
+    "benchmarks.peers.brevitas_peers",
+    "benchmarks.peers.qwix_peers",
+    "benchmarks.peers.hgq_peers",
+)
+_REST = 0.05  # Seconds after which the threads of the one before sleep.
+_USUAL = (
+    "qflax float",
+    "qflax int8 lsq",
+    "qflax int4 lsq",
+    "qflax learned widths",
+    "qflax a2q",
+    "qflax a2q+",
+    "qflax e4m3",
+    "PyTorch float",
+    "torch PT2E int8",
+    "Brevitas w4a4, learned scales",
+    "Brevitas w8a8, learned scales",
+    "Brevitas A2Q 16 bits",
+    "Brevitas A2Q+ 16 bits",
+    "Brevitas e4m3",
+    "Qwix QAT w8a8",
+    "HGQ2",
+)
 
 
-class Variant:
-    """One compiled training step and its state."""
+class Contender:
+    """A contender in a process of its own.
 
-    def __init__(self, config, dataset, weights, activations, *rules):
-        """Compiles the step; `first_seconds` is what that took, with the first step."""
-        config.weights, config.activations, config.rules = weights, activations, rules
-        devices = Devices(0, config.batch_size)
-        network = build.model(config)
-        variables = initial_variables(network, dataset.images.shape[1:], 0)
-        batch = np.random.default_rng(0).normal(size=(64, *dataset.images.shape[1:]))
-        variables = calibrate(network, variables, [batch.astype(np.float32)], train=True)
-        on_cpu = devices.platform == "cpu"
-        step = functools.partial(build.train_step(config, devices).many, unroll=on_cpu)
-        self._dispatch = devices.pmap(step, donate=True)
-        self._state = devices.replicate(build.state(config, variables))
-        stream = stream_of(dataset, 0, config.batch_size, devices)
-        self._rates = np.full(1 if on_cpu else stream.usual_steps, 0.01, np.float32)
-        self._data = (data for _, data in stream.dispatches(0, 10**6, len(self._rates)))
-        self._numbers = build.hyperparameters(config), build.penalties(config, 10**6)
-        began = time.perf_counter()
-        self.step()
-        self.first_seconds = time.perf_counter() - began
+    Attributes:
+      ready: what it told of itself: seconds to the first step, its memory, its device; or None if it could
+        not be built.
+      problem: why it could not be.
+    """
 
-    def step(self) -> float:
-        """Seconds per step of one dispatch."""
-        data = next(self._data)
-        began = time.perf_counter()
-        self._state, metrics = self._dispatch(self._state, data, self._rates, *self._numbers)
-        jax.block_until_ready((self._state, metrics))
-        return (time.perf_counter() - began) / len(self._rates)
+    def __init__(self, name: str, options: argparse.Namespace):
+        """Starts it and waits for its first step."""
+        self.seconds = []
+        command = [sys.executable, "-m", "benchmarks.step_time", "--contender", name]
+        command += [f"--{field}={getattr(options, field)}" for field in ("model", "batch_size", "dtype")]
+        command.append(f"--threads={options.threads}")
+        # An accelerator's memory is not to be taken whole by the first.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONWARNINGS": "ignore", **os.environ}
+        began = time.monotonic()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ready, self.problem = None, None
+        answer = self._read()
+        if "problem" in answer:
+            self.problem = answer["problem"]
+        else:
+            self.ready = {"seconds_to_first_step": time.monotonic() - began, **answer}
+
+    def step(self, count: int) -> None:
+        """Has it make steps, after one that is not timed."""
+        self._ask(count)
+        self.seconds.append(self._read()["seconds"])
+
+    def peak_memory(self) -> float:
+        """In MiB, of the process."""
+        self._ask(0)
+        return self._read()["memory_mib"]
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, count: int) -> None:
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> dict:
+        for line in self._process.stdout:
+            if line.startswith("{"):  # Libraries print, too.
+                return json.loads(line)
+        return {"problem": f"ended with exit code {self._process.wait()}"}
+
+
+def contend(name: str, problem: Problem) -> None:
+    """A contender's process: makes steps as it is asked to on its standard input."""
+    began = time.monotonic()
+    try:
+        training = _builders()[name](problem)
+        training()
+    except (ImportError, NotImplementedError) as error:
+        print(json.dumps({"problem": f"{type(error).__name__}: {error}"}), flush=True)
+        return
+    print(json.dumps({"build_and_first_step_seconds": time.monotonic() - began}), flush=True)
+    for line in sys.stdin:
+        if count := int(line):
+            training()
+            began = time.perf_counter()
+            for _ in range(count):
+                training()
+            steps = count * getattr(training, "steps", 1)
+            answer = {"seconds": (time.perf_counter() - began) / steps}
+        else:
+            answer = {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        print(json.dumps(answer), flush=True)
+
+
+def _builders() -> dict:
+    """All contenders; their packages are imported when they are built."""
+    builders = {}
+    for module in _MODULES:
+        module = importlib.import_module(module)
+        builders |= getattr(module, "PEERS", None) or module.OWN
+    return builders
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet20")
+    parser.add_argument(
+        "--model", default="resnet20", choices=("resnet20", "resnet32", "resnet56", "resnet18")
+    )
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=cpu.available_cores())
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=2, help="timed, in each round")
+    parser.add_argument("--contenders", nargs="*", default=_USUAL, help="names, or 'all'")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    runtime.configure(options.batch_size)
-    config = default.get_config()
-    config.update({name: getattr(options, name) for name in ("model", "batch_size", "dtype")})
-    shape = data_format(config.dataset).image_shape
-    rng, count = np.random.default_rng(0), 50 * options.batch_size
-    images = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
-    labels = rng.integers(0, 10, count).astype(np.int32)
-    dataset = Dataset(images=images, labels=labels, num_classes=10, name="noise")
-    built = {}
-    for name in dict.fromkeys(["float", *options.variants]):
-        built[name] = Variant(config.copy_and_resolve_references(), dataset, *VARIANTS[name])
-    seconds = {name: [] for name in built}
+    if options.contender:
+        cpu.use_huge_pages()
+        fields = ("model", "batch_size", "dtype", "threads")
+        contend(options.contender, Problem(**{name: getattr(options, name) for name in fields}))
+        return
+    names = list(_builders()) if options.contenders == ["all"] else options.contenders
+    unknown = [name for name in names if name not in _builders()]
+    if unknown:
+        parser.error(f"--contenders: no {unknown[0]!r}; choices: {', '.join(_builders())}")
+    contenders = {}
+    for name in names:
+        contender = Contender(name, options)
+        if contender.problem:
+            print(f"{name}: left out ({contender.problem})")
+        else:
+            contenders[name] = contender
     for _ in range(options.rounds):
-        for name, variant in built.items():
-            seconds[name].append(variant.step())
-    origin = provenance(len(jax.devices()))
-    print(f"{options.model}, batch {options.batch_size}, {options.dtype}, {origin['device']}")
-    print(f"{'variant':32}{'min s':>10}{'median s':>10}{'to float':>10}{'compile s':>11}")
-    rows = []
-    for name, times in seconds.items():
-        median, ratio = np.median(times), np.median(times) / np.median(seconds["float"])
-        first = built[name].first_seconds
-        print(f"{name:32}{min(times):10.4f}{median:10.4f}{ratio:10.3f}{first:11.1f}")
-        rows.append({"variant": name, "seconds": times, "median_to_float": ratio, "first_seconds": first})
+        for contender in contenders.values():
+            time.sleep(_REST)
+            contender.step(options.steps)
+    rows = [_row(name, contender, contenders) for name, contender in contenders.items()]
+    from qflax.training.provenance import provenance  # Starts JAX: after all has been timed.
+
+    origin = provenance(1)
+    print(f"{options.model}, batch {options.batch_size}, {options.dtype}, {options.threads} threads")
+    print(f"{origin['processor']}, JAX {origin['versions']['jax']}")
+    heads = ("min s", "median s", "to float", "to fastest peer", "first step s", "peak MiB")
+    print(f"{'':36}" + "".join(f"{head:>16}" for head in heads))
+    for row in rows:
+        peer = f"{row['to_fastest_peer']:.2f}" if row["to_fastest_peer"] else ""
+        print(
+            f"{row['contender']:36}{row['min_seconds']:16.4f}{row['median_seconds']:16.4f}"
+            f"{row['to_float']:16.2f}{peer:>16}{row['seconds_to_first_step']:16.1f}{row['peak_mib']:16.0f}"
+        )
     if options.output:
-        options.output.write_text(json.dumps({**vars(options), "output": None, **origin, "rows": rows}))
+        about = {name: value for name, value in vars(options).items() if name != "output"}
+        options.output.write_text(json.dumps({**about, **origin, "rows": rows}, indent=1) + "\n")
+
+
+# What is compared with what: the start of our names to the start of peers'.
+_RIVALS = {
+    "qflax float": ("PyTorch float",),
+    "qflax int": ("Brevitas w", "torch PT2E", "Qwix", "HGQ2"),
+    "qflax learned": ("HGQ2",),
+    "qflax a2q": ("Brevitas A2Q",),
+    "qflax e": ("Brevitas e4m3",),
+}
+
+
+def _row(name: str, contender: Contender, contenders: dict[str, Contender]) -> dict:
+    """Figures of one contender; `to_fastest_peer` is how many times as fast it is as its fastest rival."""
+    medians = {other: float(np.median(its.seconds)) for other, its in contenders.items()}
+    own = next((rivals for start, rivals in _RIVALS.items() if name.startswith(start)), ())
+    peers = [seconds for other, seconds in medians.items() if other.startswith(own)] if own else []
+    base = medians.get("qflax float" if name.startswith("qflax") else "PyTorch float", float("nan"))
+    row = {
+        "contender": name,
+        "min_seconds": min(contender.seconds),
+        "median_seconds": medians[name],
+        "to_float": medians[name] / base,
+        "to_fastest_peer": min(peers) / medians[name] if peers else None,
+        "peak_mib": contender.peak_memory(),
+        **contender.ready,
+        "seconds": contender.seconds,
+    }
+    contender.close()
+    return row
 
 
 if __name__ == "__main__":

@@ -86,12 +86,12 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """The `qflax` command; returns the exit code."""
     return _report_errors(lambda: _run(arguments))
 
 
-def _run(arguments: Sequence[str] | None) -> int | None:
+def _run(arguments: Sequence[str]) -> int | None:
     parser = _Parser(prog="qflax", description="Quantized networks in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     evaluate = commands.add_parser("evaluate", help="accuracy and per-layer table of a trained network")

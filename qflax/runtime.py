@@ -8,14 +8,10 @@ from collections.abc import Mapping
 
 import jax
 
+from qflax import cpu
 from qflax.errors import UserError, one_line, require
 
 HEARTBEAT_SECONDS = 30  # After so long without a sign of life a process counts as dead.
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def join_processes(
@@ -124,8 +120,8 @@ def _tasks_per_node(environment: Mapping[str, str]) -> int:
 def configure(batch_size: int = 1, num_devices: int = 0, num_processes: int = 1) -> None:
     """Prepares JAX for a program of qflax; settings of the user's own are left alone.
 
-    - On a CPU, one virtual device per core, as many as divide the batch. Other platforms are not touched
-      by it: it only says how many devices the CPU has.
+    - On a CPU, one virtual device per core, as many as divide the batch, and what else `cpu.set_backend`
+      does.
     - Compiled programs are kept in the user's cache folder, so that the next start compiles nothing.
 
     Args:
@@ -133,19 +129,9 @@ def configure(batch_size: int = 1, num_devices: int = 0, num_processes: int = 1)
       num_devices: how many devices the CPUs of all processes should be; 0 leaves it to the rule above.
       num_processes: that share the batch.
     """
-    cores = available_cores()
-    batch_size, num_devices = max(batch_size // num_processes, 1), num_devices // num_processes
-    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = int(forced[1]) if forced else jax.config.jax_num_cpu_devices
-    if devices == -1:
-        devices = num_devices or max(n for n in range(1, cores + 1) if batch_size % n == 0)
-        jax.config.update("jax_num_cpu_devices", devices)
-    if devices > 1:
-        # XLA's CPU client reads the size of its thread pool from NPROC. An all-reduce blocks a thread of
-        # the pool until the other devices arrive; where each device has one thread, and that one holds
-        # back work queued behind it, they wait for each other forever.
-        # Twice as many cost about a tenth of the speed.
-        os.environ.setdefault("NPROC", str(2 * max(cores, devices)))
+    cpu.set_backend(max(batch_size // num_processes, 1), num_devices // num_processes)
     if jax.config.jax_compilation_cache_dir is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "qflax" / "xla"))
+        # JAX leaves out what compiles within a second; a start has dozens of those, two seconds in all.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

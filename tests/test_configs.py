@@ -14,6 +14,7 @@ import pytest
 from qflax.data import Dataset
 from qflax.training import build
 from qflax.training.parallel import Devices
+from qflax.training.schedules import RateWindow
 from qflax.training.stream import stream_of
 from qflax.training.table import cost_totals
 
@@ -70,10 +71,11 @@ def test_takes_a_training_step(name):
     images = rng.integers(0, 256, (4, *shape), dtype=np.uint8)
     dataset = Dataset(images=images, labels=np.arange(4, dtype=np.int32), num_classes=10, name="mock")
     stream, variables = stream_of(dataset, 0, 2, devices), filled(config)
-    dispatch = devices.pmap(functools.partial(build.train_step(config, devices).many, unroll=True))
+    many = functools.partial(build.train_step(config, devices).many, steps=1, unroll=True)
     numbers = build.hyperparameters(config), build.penalties(config, 10)
     _, data = next(stream.dispatches(0, 1, 1))
-    state, metrics = dispatch(build.state(config, variables), data, np.ones(1, np.float32), *numbers)
+    rates = RateWindow(np.ones(1, np.float32), np.int32(0))
+    state, metrics = devices.pmap(many)(build.state(config, variables), data, rates, *numbers)
     state, metrics = jax.device_get((state, metrics))
     assert np.isfinite(metrics["loss"]).all() and metrics["gradient_norm"] > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

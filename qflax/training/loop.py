@@ -30,7 +30,9 @@ from qflax.training.parallel import Devices
 from qflax.training.processes import from_first, is_first, presence
 from qflax.training.provenance import provenance
 from qflax.training.recorder import Recorder, Silence
+from qflax.training.schedules import MOST_STEPS_PER_DISPATCH, Rates
 from qflax.training.start import starting_variables
+from qflax.training.start_time import StartTime
 from qflax.training.state import TrainState
 from qflax.training.stream import stream_of
 from qflax.training.table import cost_table, cost_totals
@@ -78,15 +80,18 @@ class Trainer:
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, interruption: Interruption):
         """Builds all parts; the workdir is written only when they are known to fit."""
         self.config, self.workdir, self.interruption = config, workdir, interruption
+        self.start_time = StartTime()
         self.devices = Devices(config.num_devices, config.batch_size)
         build.check_quantization(config)
         self.step = build.train_step(config, self.devices)
+        self.start_time.end("network")
         self.train_set, validation = load_training(
             config.dataset,
             data_dir=config.data_dir or None,
             validation_examples=config.validation_examples,
             crop=build.crop(config),
         )
+        self.start_time.end("data")
         self.num_examples = self.train_set.num_examples
         require(
             config.batch_size <= self.num_examples,
@@ -94,16 +99,14 @@ class Trainer:
         )
         self.stream = stream_of(self.train_set, config.seed, config.batch_size, self.devices)
         self.rates = build.learning_rates(config, self.num_examples)
-        self.numbers = (
-            build.hyperparameters(config),
-            build.penalties(config, len(self.rates)),
-            self.devices.replicate(workdir_lib.load_teacher(config)),
-        )
+        numbers = build.hyperparameters(config), build.penalties(config, len(self.rates))
+        self.numbers = self.devices.replicate((*numbers, workdir_lib.load_teacher(config)))
         self.evaluate = None
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
         self.origin = provenance(len(self.devices))
         self.state, record = self._initial_state()
+        self.start_time.end("initial state")
         self.start = int(self.state.step)
         self.logged_step = int(from_first(np.int32(record.get("logged_step", self.start))))
         self.recorder = self._recorder() if is_first() else Silence()
@@ -113,6 +116,8 @@ class Trainer:
     def run(self) -> dict[str, object]:
         """Trains to the end and evaluates on the test split."""
         self.recorder.say(f"{self.origin['device']}, {self.num_examples} training images")
+        for name, value in self.origin["settings"].items():
+            self.recorder.say(f"set for the CPU: {name}={value}")
         try:
             state = self._steps()
             self.recorder.wait()
@@ -146,12 +151,19 @@ class Trainer:
     def _steps(self) -> TrainState:
         """Makes all steps that are left."""
         dispatch, dispatches = self._dispatching()
+        rates = Rates(self.rates, self.devices.replicate)
         state, step, self.state = self.devices.replicate(self.state), self.start, None
         if self.logged_step < step:
             self._attend(state, self.logged_step, step)
         with contextlib.closing(dispatches):
             for end, data in dispatches:
-                state, metrics = dispatch(state, data, self.rates[step:end], *self.numbers)
+                many = dispatch(end - step)
+                state, metrics = many(state, data, rates.window(step, end), *self.numbers)
+                if step == self.start:
+                    self.start_time.end("compilation")
+                    jax.block_until_ready(metrics)
+                    self.start_time.end("step")
+                    self.recorder.say(str(self.start_time))
                 self.meter.add(metrics)
                 self.recorder.advance(end)
                 self._attend(state, step, end)
@@ -224,14 +236,18 @@ class Trainer:
             self.recorder.say(f"the widths are frozen at {train['weight_kib']:.2f} KiB of weights")
 
     def _dispatching(self) -> tuple[Callable, Iterator]:
-        """The mapped steps of a dispatch, and (end, data) of each dispatch."""
+        """Function from a number of steps to these, mapped; and (end, data) of each dispatch."""
         config, on_cpu = self.config, self.devices.platform == "cpu"
         steps = config.steps_per_dispatch or (1 if on_cpu else self.stream.usual_steps)
         most = self.num_examples // config.batch_size
-        steps = min(steps, most, _MOST_UNROLLED if on_cpu else most)
-        many = functools.partial(self.step.many, unroll=on_cpu)
-        mapped = self.devices.pmap(many, donate=True, data_axes=self.stream.axes)
-        return mapped, self.stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
+        steps = min(steps, most, _MOST_UNROLLED if on_cpu else MOST_STEPS_PER_DISPATCH)
+
+        @functools.cache
+        def dispatch(steps):
+            many = functools.partial(self.step.many, steps=steps, unroll=on_cpu)
+            return self.devices.pmap(many, donate=True, data_axes=self.stream.axes)
+
+        return dispatch, self.stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
 
     def _log_and_save(self, state: TrainState, step: int, validation: dict[str, float] | None) -> None:
         host = jax.device_get(state)

@@ -85,7 +85,7 @@ class Devices:
         Returns:
           `(state, data, *rest) -> result`.
         """
-        indices = np.array(self._places, np.int32)
+        indices = self.split(np.array(self._places, np.int32))
         # A tuple in `in_axes`: JAX takes a flat one for the axes of leaves, where there are as many of them.
         mapped = jax.pmap(
             lambda state, index, rest: function(state, index, rest[0], *rest[1]),

@@ -9,6 +9,8 @@ import sys
 
 import jax
 
+from qflax import cpu
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -22,6 +24,7 @@ def provenance(num_devices: int) -> dict[str, object]:
     return {
         "device": f"{num_devices} x {device.device_kind} ({device.platform})",
         "processor": _processor(),
+        "settings": cpu.settings() if device.platform == "cpu" else {},
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": git_commit(),

@@ -1,11 +1,51 @@
 """Learning rate over the steps of a run, relative to its peak."""
 
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from qflax.errors import require
+
+MOST_STEPS_PER_DISPATCH = 8192  # All of them read one window of rates.
+
+
+@flax.struct.dataclass
+class RateWindow:
+    """Relative learning rates of some steps in a row, as many in a run of any length.
+
+    Attributes:
+      values: float32 [8192].
+      first_step: int32, the first of the steps.
+    """
+
+    values: jax.Array
+    first_step: jax.Array
+
+    def at(self, step: jax.Array) -> jax.Array:
+        """The rate of a step."""
+        return self.values[step - self.first_step]
+
+
+class Rates:
+    """The schedule on the devices, window by window, so that dispatches need nothing from the host."""
+
+    def __init__(self, relative_rates: np.ndarray, replicate: Callable[[RateWindow], RateWindow]):
+        """Takes the schedule [steps] and a function that puts a window on the devices."""
+        self._rates, self._replicate = relative_rates, replicate
+        self._first, self._window = 0, None
+
+    def window(self, start: int, end: int) -> RateWindow:
+        """A window with the steps from `start` to `end`; the same one as before while it has them."""
+        size = MOST_STEPS_PER_DISPATCH
+        if self._window is None or not self._first <= start <= end <= self._first + size:
+            self._first, values = start, self._rates[start : start + size]
+            values = np.pad(values, (0, size - len(values)))
+            self._window = self._replicate(RateWindow(values, np.int32(start)))
+        return self._window
 
 
 def relative_learning_rate(

@@ -25,6 +25,7 @@ from qflax.training.losses import LOSSES, smooth
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_optimizer
 from qflax.training.parallel import AXIS
 from qflax.training.penalties import Penalties
+from qflax.training.schedules import RateWindow
 from qflax.training.state import BATCH_STATS, OBSERVED, TrainState
 from qflax.training.stream import ResidentData, StreamedData
 
@@ -62,23 +63,25 @@ class TrainStep:
         state: TrainState,
         index: jax.Array,
         data: ResidentData | StreamedData,
-        relative_rates: jax.Array,
+        rates: RateWindow,
         numbers: Hyperparameters,
         penalties: Penalties,
         teacher: Teacher | None = None,
         *,
+        steps: int,
         unroll: bool,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Makes as many steps as there are `relative_rates`.
+        """Makes several steps.
 
         Args:
           state: before the steps.
           index: of this device.
           data: the training set, or the batches of these steps.
-          relative_rates: [steps], from the schedule.
+          rates: the schedule.
           numbers: of the optimizer.
           penalties: beside the loss of the task.
           teacher: whose predictions are learned, too, or None.
+          steps: how many.
           unroll: write the steps out instead of looping: in a loop (even one of a single round, such as
             a scan that is unrolled) XLA's CPU backend computes a convolution's weight gradient tens of
             times slower.
@@ -87,14 +90,14 @@ class TrainStep:
           The state after them, and metrics [steps].
         """
 
-        def body(state, rate):
-            return self(state, index, data, rate, numbers, penalties, teacher)
+        def body(state, _=None):
+            return self(state, index, data, rates.at(state.step), numbers, penalties, teacher)
 
         if not unroll:
-            return jax.lax.scan(body, state, relative_rates)
+            return jax.lax.scan(body, state, length=steps)
         rows = []
-        for i in range(len(relative_rates)):
-            state, metrics = body(state, relative_rates[i])
+        for _ in range(steps):
+            state, metrics = body(state)
             rows.append(metrics)
         return state, jax.tree.map(lambda *values: jnp.stack(values), *rows)
 

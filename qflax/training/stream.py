@@ -141,14 +141,13 @@ class ResidentStream(Stream):
         """See `Stream`."""
         del num_workers
         images, labels = self._devices.replicate((self._dataset.images, self._dataset.labels))
-        data = None
+        shown = None
         for first, stop in self._plan(start, end, steps):
             epoch = first * self._batch_size // len(labels)
-            if data is None or epoch != int(data.first_epoch):
+            if epoch != shown:
                 order = window(self._seed, np.int32(epoch), len(labels))
-                order = self._devices.replicate(order)
-                data = ResidentData(images, labels, order, np.int32(epoch), self._seed)
-            yield stop, data
+                rest, shown = self._devices.replicate((order, np.int32(epoch), self._seed)), epoch
+            yield stop, ResidentData(images, labels, *rest)
 
 
 class HostStream(Stream):
@@ -183,7 +182,7 @@ class HostStream(Stream):
             return self._devices.split(np.stack(split, axis=1))
 
         images, labels = stack([part.images for part in parts]), stack([part.labels for part in parts])
-        return StreamedData(images, labels, np.int32(first), self._seed)
+        return StreamedData(images, labels, *self._devices.replicate((np.int32(first), self._seed)))
 
 
 def stream_of(dataset: "Dataset | StreamedDataset", seed: int, batch_size: int, devices: Devices) -> Stream:

@@ -12,6 +12,7 @@ from qflax.quantizers import CONSTRAINTS, PARAMETERS, calibrate, constrain
 from qflax.training import build
 from qflax.training.diagnosis import first_not_finite
 from qflax.training.parallel import Devices
+from qflax.training.schedules import RateWindow
 from qflax.training.state import initial_variables
 from qflax.training.stream import stream_of
 
@@ -37,7 +38,7 @@ class Run:
         example = np.zeros((1, *SHAPE), np.float32)
         _, self.reported = network.apply(variables, example, train=False, mutable=[CONSTRAINTS])
         self.step = build.train_step(config, self.devices)
-        self.dispatch = self.devices.pmap(functools.partial(self.step.many, unroll=True))
+        self.dispatch = self.devices.pmap(functools.partial(self.step.many, steps=1, unroll=True))
 
     def numbers(self, skip=0):
         hyperparameters = build.hyperparameters(self.config).replace(skip_bad_steps=jnp.float32(skip))
@@ -50,7 +51,8 @@ class Run:
         """The state and the number of bad steps in a row after every step."""
         state = self.devices.replicate(self.initial)
         for i, rate in enumerate(rates):
-            state, metrics = self.dispatch(state, self.data(i), np.float32([rate]), *self.numbers(skip))
+            window = RateWindow(np.float32([rate]), np.int32(i))
+            state, metrics = self.dispatch(state, self.data(i), window, *self.numbers(skip))
             yield jax.device_get(state), int(metrics["bad_steps"][0])
 
     def diagnose(self, rate=1.0, momentum=0.9, **changed):
@@ -137,7 +139,9 @@ def test_scales_and_widths_stay_within_bounds_whatever_moves_them(network, rate)
     numbers = numbers.replace(quantizer_learning_rate=jnp.float32(rate))
     state, moved = network.devices.replicate(network.initial), []
     for i in range(3):
-        state, _ = network.dispatch(state, network.data(i), np.float32([1]), numbers, penalties)
+        state, _ = network.dispatch(
+            state, network.data(i), RateWindow(np.float32([1]), np.int32(i)), numbers, penalties
+        )
         parameters = jax.device_get(state.trained[PARAMETERS])
         moved.append(not same(parameters, network.initial.trained[PARAMETERS]))
         assert same(constrain(parameters, network.reported), parameters)

@@ -13,6 +13,7 @@ from qflax.errors import UserError
 from qflax.training import build, train
 from qflax.training.distillation import distillation_loss
 from qflax.training.parallel import Devices
+from qflax.training.schedules import RateWindow
 from qflax.training.state import initial_variables
 from qflax.training.stream import stream_of
 from qflax.training.workdir import load_teacher
@@ -72,14 +73,13 @@ def test_weights_of_both_losses_sum_to_one(make_tiny_config, teacher):
     images = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     dataset = Dataset(images=images, labels=np.arange(64, dtype=np.int32) % 10, num_classes=10, name="noise")
     state = build.state(config, initial_variables(build.model(config), (32, 32, 3), 0))
-    dispatch = devices.pmap(functools.partial(build.train_step(config, devices).many, unroll=True))
+    dispatch = devices.pmap(functools.partial(build.train_step(config, devices).many, steps=1, unroll=True))
     numbers = build.hyperparameters(config), build.penalties(config, 1)
     _, data = next(stream_of(dataset, 0, config.batch_size, devices).dispatches(0, 1, 1))
-    losses = {}
+    rates, losses = RateWindow(np.ones(1, np.float32), np.int32(0)), {}
     for weight in (0.0, 0.25, 1.0):
-        metrics = dispatch(
-            state, data, np.ones(1, np.float32), *numbers, network.replace(weight=np.float32(weight))
-        )[1]
+        own = network.replace(weight=np.float32(weight))
+        _, metrics = dispatch(state, data, rates, *numbers, own)
         losses[weight] = metrics["loss"]
     np.testing.assert_allclose(losses[0.25], 0.75 * losses[0.0] + 0.25 * losses[1.0], rtol=1e-5)
     assert losses[0.0] != losses[1.0] == metrics["distillation_loss"]

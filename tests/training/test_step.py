@@ -11,6 +11,7 @@ from qflax.data.augment import normalize
 from qflax.quantizers import calibrate
 from qflax.training import build
 from qflax.training.parallel import Devices
+from qflax.training.schedules import RateWindow
 from qflax.training.state import initial_variables
 from qflax.training.stream import stream_of
 
@@ -34,10 +35,10 @@ def run(config, dataset, num_devices, chunks, unroll=True):
     variables = calibrate(network, variables, [batch], train=True)
     state = devices.replicate(build.state(config, variables))
     step = build.train_step(config, devices)
-    dispatch = devices.pmap(functools.partial(step.many, unroll=unroll))
     stream, at, losses = stream_of(dataset, 3, config.batch_size, devices), 0, []
     for count in chunks:
-        rates = np.full(count, 0.5, np.float32)
+        dispatch = devices.pmap(functools.partial(step.many, steps=count, unroll=unroll))
+        rates = RateWindow(np.full(count, 0.5, np.float32), np.int32(at))
         numbers = build.hyperparameters(config), build.penalties(config, sum(chunks))
         _, data = next(stream.dispatches(at, at + 1, 1))
         state, metrics = dispatch(state, data, rates, *numbers)

@@ -10,6 +10,7 @@ from qflax.data import Batch, Dataset
 from qflax.training import build
 from qflax.training.evaluate import Evaluator
 from qflax.training.parallel import Devices
+from qflax.training.schedules import RateWindow
 from qflax.training.state import initial_variables
 from qflax.training.stream import ResidentStream, stream_of
 
@@ -56,12 +57,13 @@ def steps(config, dataset, num_devices, start, end, per_dispatch, state=None):
     devices = Devices(num_devices)
     state = state or build.state(config, initial_variables(build.model(config), (32, 32, 3), 1))
     stream = stream_of(dataset, 3, config.batch_size, devices)
-    step = functools.partial(build.train_step(config, devices).many, unroll=True)
-    dispatch = devices.pmap(step, data_axes=stream.axes)
+    step = build.train_step(config, devices)
     numbers, losses, at = (build.hyperparameters(config), build.penalties(config, 10)), [], start
     state = devices.replicate(state)
     for stop, data in stream.dispatches(start, end, per_dispatch, 0):
-        state, metrics = dispatch(state, data, np.full(stop - at, 0.5, np.float32), *numbers)
+        many = functools.partial(step.many, steps=stop - at, unroll=True)
+        rates = RateWindow(np.full(stop - at, 0.5, np.float32), np.int32(at))
+        state, metrics = devices.pmap(many, data_axes=stream.axes)(state, data, rates, *numbers)
         losses, at = [*losses, *np.asarray(metrics["loss"])], stop
     return jax.device_get(state), losses
 
