@@ -8,7 +8,15 @@ EXTRAS = {
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
     "export": ["onnx>=1.16,<1.23", "qonnx>=1.0", "onnxruntime>=1.20", "tqdm"],
     "report": ["matplotlib>=3.8", "jinja2>=3.1"],
-    "benchmark": ["brevitas>=0.12"],
+    # Versions that were tried; Brevitas 0.12 has no OCP formats.
+    "benchmark": [
+        "torch>=2.13",
+        "torchao>=0.18",
+        "brevitas>=0.13",
+        "qwix>=0.1.8",
+        "HGQ2>=0.2.0",
+        "keras>=3.15",
+    ],
 }
 
 setup(

@@ -93,7 +93,7 @@ class Training:
         self.loss = float(metrics["loss"][-1])
 
 
-OWN = {
-    f"qflax {name}": functools.partial(lambda problem, variant: Training(problem, *variant), variant=variant)
+CONTENDERS = {
+    f"qflax {name}": lambda problem, variant=variant, **options: Training(problem, *variant, **options)
     for name, variant in _VARIANTS.items()
 }

@@ -23,13 +23,15 @@ import numpy as np
 from benchmarks.peers.problem import Problem
 from qflax import cpu
 
-_MODULES = (
-    "benchmarks.contenders",
-    "benchmarks.peers.torch_peers",
-    "benchmarks.peers.brevitas_peers",
-    "benchmarks.peers.qwix_peers",
-    "benchmarks.peers.hgq_peers",
-)
+# Where the contenders are whose names start so.
+_MODULES = {
+    "qflax": "benchmarks.contenders",
+    "PyTorch": "benchmarks.peers.torch_peers",
+    "torch": "benchmarks.peers.torch_peers",
+    "Brevitas": "benchmarks.peers.brevitas_peers",
+    "Qwix": "benchmarks.peers.qwix_peers",
+    "HGQ2": "benchmarks.peers.hgq_peers",
+}
 _REST = 0.05  # Seconds after which the threads of the one before sleep.
 _USUAL = (
     "qflax float",
@@ -65,7 +67,7 @@ class Contender:
         self.seconds = []
         command = [sys.executable, "-m", "benchmarks.step_time", "--contender", name]
         command += [f"--{field}={getattr(options, field)}" for field in ("model", "batch_size", "dtype")]
-        command.append(f"--threads={options.threads}")
+        command += [f"--threads={options.threads}", f"--num_devices={options.num_devices}"]
         # An accelerator's memory is not to be taken whole by the first.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONWARNINGS": "ignore", **os.environ}
         began = time.monotonic()
@@ -105,11 +107,12 @@ class Contender:
         return {"problem": f"ended with exit code {self._process.wait()}"}
 
 
-def contend(name: str, problem: Problem) -> None:
+def contend(name: str, problem: Problem, num_devices: int) -> None:
     """A contender's process: makes steps as it is asked to on its standard input."""
     began = time.monotonic()
     try:
-        training = _builders()[name](problem)
+        own = {"num_devices": num_devices} if name.startswith("qflax") else {}
+        training = _builders(_MODULES[name.split()[0]])[name](problem, **own)
         training()
     except (ImportError, NotImplementedError) as error:
         print(json.dumps({"problem": f"{type(error).__name__}: {error}"}), flush=True)
@@ -128,12 +131,11 @@ def contend(name: str, problem: Problem) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _builders() -> dict:
-    """All contenders; their packages are imported when they are built."""
+def _builders(*modules: str) -> dict:
+    """The contenders of some modules; their packages are imported when they are built."""
     builders = {}
-    for module in _MODULES:
-        module = importlib.import_module(module)
-        builders |= getattr(module, "PEERS", None) or module.OWN
+    for module in modules:
+        builders |= importlib.import_module(module).CONTENDERS
     return builders
 
 
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=cpu.available_cores())
+    parser.add_argument("--num_devices", type=int, default=0, help="of qflax; 0 for all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="timed, in each round")
     parser.add_argument("--contenders", nargs="*", default=_USUAL, help="names, or 'all'")
@@ -155,12 +158,14 @@ def main() -> None:
     if options.contender:
         cpu.use_huge_pages()
         fields = ("model", "batch_size", "dtype", "threads")
-        contend(options.contender, Problem(**{name: getattr(options, name) for name in fields}))
+        problem = Problem(**{name: getattr(options, name) for name in fields})
+        contend(options.contender, problem, options.num_devices)
         return
-    names = list(_builders()) if options.contenders == ["all"] else options.contenders
-    unknown = [name for name in names if name not in _builders()]
-    if unknown:
-        parser.error(f"--contenders: no {unknown[0]!r}; choices: {', '.join(_builders())}")
+    known = list(_builders(*dict.fromkeys(_MODULES.values())))
+    names = known if options.contenders == ["all"] else options.contenders
+    for name in names:
+        if name not in known:
+            parser.error(f"--contenders: no {name!r}; choices: {', '.join(known)}")
     contenders = {}
     for name in names:
         contender = Contender(name, options)

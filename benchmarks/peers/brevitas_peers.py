@@ -122,7 +122,7 @@ class _Penalty:
         return self._strength * sum(terms)
 
 
-PEERS = {
+CONTENDERS = {
     "Brevitas w4a4, learned scales": _integers(4, learned=True),
     "Brevitas w4a4, learned scales, JIT": _integers(4, learned=True, jit=True),
     "Brevitas w4a4, statistic scales": _integers(4, learned=False),

@@ -74,4 +74,4 @@ def _resnet(problem: Problem):
     return keras.Model(images, QDense(problem.num_classes)(x))
 
 
-PEERS = {"HGQ2": _hgq}
+CONTENDERS = {"HGQ2": _hgq}

@@ -33,4 +33,4 @@ def _training(problem: Problem, provider):
     return training(problem, qwix.quantize_model(ResNet(problem), provider))
 
 
-PEERS = {"Qwix QAT w4a4": _w4a4, "Qwix QAT w8a8": _w8a8}
+CONTENDERS = {"Qwix QAT w4a4": _w4a4, "Qwix QAT w8a8": _w8a8}

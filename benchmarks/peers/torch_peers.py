@@ -41,7 +41,7 @@ def _pt2e(problem: Problem):
     return Training(problem, move_exported_model_to_train(model))
 
 
-PEERS = {
+CONTENDERS = {
     "PyTorch float": _float,
     "PyTorch float, NCHW": _float_nchw,
     "torch PT2E int8": _pt2e,
