@@ -64,7 +64,7 @@ def golden():
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compilation():
     """Programs that are compiled carelessly, for tests that run each of theirs a few times."""
     jax.config.update("jax_disable_most_optimizations", True)

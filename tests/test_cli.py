@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 
 from qflax.cli import main, train_main
 
-# Of ml_collections.
-pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning"),  # Of ml_collections.
+]
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = [
     "--config=configs/quickstart.py",

@@ -22,6 +22,7 @@ from qflax.quantizers import (
     freeze_widths,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WEIGHTS = Uniform(bits=3, granularity="per_channel", statistic="mse")
 POLICY = Quantization(weights=WEIGHTS, activations=Uniform(bits=4, statistic="mse"))
 QUICK = Reconstruction(iterations=100, batch_size=16, learning_rate=0.05)
@@ -39,7 +40,6 @@ def error(model, variables, small_net, float_variables, batches, path):
     return float(jnp.mean((capturing(model, outputs=[path])(variables, batches[0])[1][path] - goal) ** 2))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("parts_of", "drop"), [(layer_parts, 0.0), (block_parts, 0.5)])
 def test_outputs_come_nearer_to_the_float_network_s(small_net, float_variables, batches, parts_of, drop):
     model, variables = start(small_net, POLICY, float_variables, batches)

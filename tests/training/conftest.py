@@ -5,6 +5,11 @@ import importlib
 import pytest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_compilation):
+    """Most programs here train for a few steps."""
+
+
 @pytest.fixture(scope="session")
 def make_tiny_config():
     """Function that makes `tiny_config`."""

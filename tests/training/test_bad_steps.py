@@ -85,7 +85,6 @@ def network(runs, request):
     return runs[request.param]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 quantized = pytest.mark.parametrize("network", ["quantized"], indirect=True)
 plain = pytest.mark.parametrize("network", ["float"], indirect=True)
 

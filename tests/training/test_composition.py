@@ -4,12 +4,10 @@ import json
 
 import jax
 import numpy as np
-import pytest
 
 from qflax.training import train
 from qflax.training.workdir import load_workdir
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RULES = (
     dict(layers="conv_init", weights=dict(kind="uniform", bits=8, granularity="per_channel")),
     dict(layers="stage*", weights=dict(kind="accumulator_aware", bits=4, accumulator_bits=14)),

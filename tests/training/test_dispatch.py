@@ -15,8 +15,6 @@ from qflax.training.schedules import MOST_STEPS_PER_DISPATCH, Rates, RateWindow
 from qflax.training.state import initial_variables
 from qflax.training.stream import stream_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def guard(level):
     for direction in ("host_to_device", "device_to_device"):

@@ -1,6 +1,7 @@
 """Runs that are killed at any moment end as if they had not been."""
 
 import json
+import os
 import pathlib
 import random
 import signal
@@ -52,6 +53,7 @@ def start(workdir):
         return subprocess.Popen(
             [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}"],
             cwd=ROOT,
+            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -48,6 +48,7 @@ def start(workdir, *options, devices=2):
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "NPROC": "8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -14,8 +14,6 @@ from qflax.training.checkpoints import CheckpointWriter
 from qflax.training.start import starting_variables
 from qflax.training.state import initial_variables
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_path):
     """In the layout of the accumulator-aware configurations, from a float run."""

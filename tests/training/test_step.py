@@ -15,8 +15,6 @@ from qflax.training.schedules import RateWindow
 from qflax.training.state import initial_variables
 from qflax.training.stream import stream_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def dataset():
