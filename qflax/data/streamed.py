@@ -65,6 +65,11 @@ class StreamedDataset:
         """Number of examples."""
         return len(self.records)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.crop.image_size, self.crop.image_size, 3
+
     def part(self, first: int, stop: int) -> "StreamedDataset":
         """Returns the examples from `first` up to and without `stop`."""
         return dataclasses.replace(self, records=self.records.part(first, stop))

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import jax
@@ -26,7 +27,7 @@ from qflax.training.interruption import Interruption
 from qflax.training.lock import locked
 from qflax.training.logs import Progress
 from qflax.training.meter import Meter
-from qflax.training.parallel import Devices
+from qflax.training.parallel import Devices, Mapped
 from qflax.training.processes import from_first, is_first, presence
 from qflax.training.provenance import provenance
 from qflax.training.recorder import Recorder, Silence
@@ -84,6 +85,7 @@ class Trainer:
         self.devices = Devices(config.num_devices, config.batch_size)
         build.check_quantization(config)
         self.step = build.train_step(config, self.devices)
+        self.abstract = build.abstract_state(config)
         self.start_time.end("network")
         self.train_set, validation = load_training(
             config.dataset,
@@ -105,6 +107,9 @@ class Trainer:
         if validation.num_examples:
             self.evaluate = workdir_lib.evaluator(config, validation, self.devices)
         self.origin = provenance(len(self.devices))
+        self.steps_per_dispatch, self.dispatch = self._dispatch()
+        # Beside the making of the state, as compilers leave Python's lock to others.
+        self.compiling = ThreadPoolExecutor(1).submit(self._compile)
         self.state, record = self._initial_state()
         self.start_time.end("initial state")
         self.start = int(self.state.step)
@@ -139,10 +144,10 @@ class Trainer:
 
     def _initial_state(self) -> tuple[TrainState, dict]:
         """The state to go on from, which one process reads or makes, and what its run had yet to do."""
-        config, abstract = self.config, build.abstract_state(self.config)
+        config = self.config
         if not is_first():
-            return from_first(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)), {}
-        restored = Checkpoints(self.workdir).restore_latest(abstract, Progress.say)
+            return from_first(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.abstract)), {}
+        restored = Checkpoints(self.workdir).restore_latest(self.abstract, Progress.say)
         if restored is not None:
             return from_first(restored.state), restored.record
         batches = CalibrationBatches(config, self.train_set)
@@ -150,17 +155,18 @@ class Trainer:
 
     def _steps(self) -> TrainState:
         """Makes all steps that are left."""
-        dispatch, dispatches = self._dispatching()
-        rates = Rates(self.rates, self.devices.replicate)
+        rates, compiled = Rates(self.rates, self.devices.replicate), self.compiling.result()
+        self.start_time.end("compilation")
         state, step, self.state = self.devices.replicate(self.state), self.start, None
+        every, workers = self.steps_per_dispatch, build.workers(self.config)
+        dispatches = self.stream.dispatches(step, len(self.rates), every, workers)
         if self.logged_step < step:
             self._attend(state, self.logged_step, step)
         with contextlib.closing(dispatches):
             for end, data in dispatches:
-                many = dispatch(end - step)
+                many = compiled if end - step == every else self.dispatch(end - step)
                 state, metrics = many(state, data, rates.window(step, end), *self.numbers)
                 if step == self.start:
-                    self.start_time.end("compilation")
                     jax.block_until_ready(metrics)
                     self.start_time.end("step")
                     self.recorder.say(str(self.start_time))
@@ -235,11 +241,11 @@ class Trainer:
         if train.get("widths_frozen", 0) == 1 > before.get("widths_frozen", 1):
             self.recorder.say(f"the widths are frozen at {train['weight_kib']:.2f} KiB of weights")
 
-    def _dispatching(self) -> tuple[Callable, Iterator]:
-        """Function from a number of steps to these, mapped; and (end, data) of each dispatch."""
+    def _dispatch(self) -> tuple[int, Callable[[int], Mapped]]:
+        """The usual number of steps of a dispatch; and a function from a number of steps to these, mapped."""
         config, on_cpu = self.config, self.devices.platform == "cpu"
         steps = config.steps_per_dispatch or (1 if on_cpu else self.stream.usual_steps)
-        most = self.num_examples // config.batch_size
+        most = min(self.num_examples // config.batch_size, len(self.rates))
         steps = min(steps, most, _MOST_UNROLLED if on_cpu else MOST_STEPS_PER_DISPATCH)
 
         @functools.cache
@@ -247,7 +253,13 @@ class Trainer:
             many = functools.partial(self.step.many, steps=steps, unroll=on_cpu)
             return self.devices.pmap(many, donate=True, data_axes=self.stream.axes)
 
-        return dispatch, self.stream.dispatches(self.start, len(self.rates), steps, build.workers(config))
+        return steps, dispatch
+
+    def _compile(self) -> Mapped:
+        """The usual dispatch, compiled."""
+        steps, rates = self.steps_per_dispatch, Rates(self.rates, lambda window: window)
+        arguments = self.stream.abstract(steps), rates.window(0, 1), *self.numbers
+        return self.dispatch(steps).compile(self.abstract, *arguments)
 
     def _log_and_save(self, state: TrainState, step: int, validation: dict[str, float] | None) -> None:
         host = jax.device_get(state)

@@ -71,7 +71,7 @@ class Devices:
         """Puts host arrays [local devices, ...] on the devices of this process, one part on each."""
         return jax.device_put(tree, self._split)
 
-    def pmap(self, function: Callable, donate: bool = False, data_axes=None) -> Callable:
+    def pmap(self, function: Callable, donate: bool = False, data_axes=None) -> "Mapped":
         """Maps `function(state, index, data, *rest)` over the devices.
 
         `index` is the device's place among all, an int32 scalar; everything but `data` is replicated, and so
@@ -83,7 +83,7 @@ class Devices:
           data_axes: axes of `data` over the devices, None where it is replicated, or a tree of such.
 
         Returns:
-          `(state, data, *rest) -> result`.
+          A callable `(state, data, *rest) -> result`.
         """
         indices = self.split(np.array(self._places, np.int32))
         # A tuple in `in_axes`: JAX takes a flat one for the axes of leaves, where there are as many of them.
@@ -95,4 +95,26 @@ class Devices:
             devices=self.devices,
             donate_argnums=(0,) if donate else (),
         )
-        return lambda state, data, *rest: mapped(state, indices, (data, rest))
+        return Mapped(mapped, indices)
+
+
+class Mapped:
+    """A function over the devices, `(state, data, *rest) -> result`; compiled when it is first called."""
+
+    def __init__(self, mapped: Callable, indices: jax.Array):
+        """See `Devices.pmap`."""
+        self._call, self._indices = mapped, indices
+
+    def __call__(self, state, data, *rest):
+        """Calls it."""
+        return self._call(state, self._indices, (data, rest))
+
+    def compile(self, state, data, *rest) -> "Mapped":
+        """The same for arguments of these shapes and dtypes, arrays or `jax.ShapeDtypeStruct`s, alone.
+
+        Among several processes `pmap` only compiles for arrays: then it does so when it is called.
+        """
+        if jax.process_count() > 1:
+            return self
+        compiled = self._call.lower(state, self._indices, (data, rest)).compile()
+        return Mapped(compiled, self._indices)

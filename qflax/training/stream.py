@@ -17,6 +17,7 @@ from qflax.training.parallel import AXIS, Devices
 if TYPE_CHECKING:
     from qflax.data.streamed import StreamedDataset
 
+_INT32_AND_SEED = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)
 _AHEAD = 1  # Dispatches whose images are on their way to the devices while another one runs.
 
 
@@ -124,6 +125,10 @@ class Stream:
         """
         raise NotImplementedError
 
+    def abstract(self, steps: int) -> ResidentData | StreamedData:
+        """Shapes and dtypes of a dispatch's data."""
+        raise NotImplementedError
+
     def _plan(self, start: int, end: int, steps: int) -> Iterator[tuple[int, int]]:
         while start < end:
             stop = min((start // steps + 1) * steps, end)
@@ -149,6 +154,12 @@ class ResidentStream(Stream):
                 rest, shown = self._devices.replicate((order, np.int32(epoch), self._seed)), epoch
             yield stop, ResidentData(images, labels, *rest)
 
+    def abstract(self, steps):
+        """See `Stream`."""
+        images, labels = jax.eval_shape(lambda: (self._dataset.images, self._dataset.labels))
+        window = jax.ShapeDtypeStruct((2 * len(self._dataset.labels),), jnp.int32)
+        return ResidentData(images, labels, window, *_INT32_AND_SEED)
+
 
 class HostStream(Stream):
     """Of a training set that is read and decoded on the way, ahead of the devices."""
@@ -172,6 +183,13 @@ class HostStream(Stream):
                 if len(ahead) > _AHEAD:
                     yield ahead.popleft()
             yield from ahead
+
+    def abstract(self, steps):
+        """See `Stream`."""
+        own = len(self._devices.local)
+        shape = own, steps, self._batch_size // len(self._devices)
+        images = jax.ShapeDtypeStruct((*shape, *self._dataset.image_shape), jnp.uint8)
+        return StreamedData(images, jax.ShapeDtypeStruct(shape, jnp.int32), *_INT32_AND_SEED)
 
     def _load(self, batches: Iterator, first: int, stop: int) -> StreamedData:
         """Starts to move the next batches to the devices."""

@@ -24,6 +24,7 @@ class Streamed:
 
     def __init__(self):
         self.num_examples, self.closed, self.started = len(LABELS), 0, []
+        self.image_shape = IMAGES.shape[1:]
 
     def training_batches(self, *, seed, first_step, batch_size, shard, num_workers):
         self.started.append((first_step, shard, num_workers))
@@ -79,6 +80,16 @@ def test_streamed_and_resident_sets_train_alike(tiny_config, resident):
     result = steps(tiny_config, streamed, 2, 0, 3, 2)
     jax.tree.map(np.testing.assert_array_equal, result, expected)
     assert streamed.closed == 1 and streamed.started == [(0, (0, 1), 0)]
+
+
+@pytest.mark.parametrize("num_devices", range(1, min(len(jax.devices()), 2) + 1))
+def test_data_is_as_was_told(resident, num_devices):
+    for dataset in (resident, Streamed()):
+        stream = stream_of(dataset, 3, 8, Devices(num_devices))
+        _, data = next(stream.dispatches(0, 4, 4))
+        told = stream.abstract(4)
+        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), told, data)
+        assert all(jax.tree.leaves(same))
 
 
 def test_dispatches_end_at_multiples_and_go_on_where_they_are_told(resident):
