@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qflax.data import Dataset
+from qflax.models import registry
 from qflax.training import build
 from qflax.training.parallel import Devices
 from qflax.training.schedules import RateWindow
@@ -64,6 +65,17 @@ def filled(config):
     return jax.tree_util.tree_map_with_path(fill, build.abstract_state(config).variables)
 
 
+@pytest.fixture
+def one_block_a_stage(monkeypatch):
+    """Networks that compile in half the time."""
+    for name, full in registry._ARCHITECTURES.items():
+        short = full._replace(stage_sizes=(1,) * len(full.stage_sizes))
+        monkeypatch.setitem(registry._ARCHITECTURES, name, short)
+    registry.build_model.cache_clear()
+    yield
+    registry.build_model.cache_clear()
+
+
 @functools.cache
 def costs_of(name):
     config = config_of(name)
@@ -86,7 +98,8 @@ def step_of(name):
     return devices.pmap(many), (build.state(config, variables), data, rates, *numbers)
 
 
-@pytest.mark.parametrize("name", sorted({*CONFIGS} - {*ONE_OF_EACH} - {*A2Q}))  # Of A2Q see below.
+# Those that differ in the width of accumulators alone are one program, see below.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if A2Q.get(name, ("", 12))[1] == 12])
 def test_has_a_training_step(name):
     step, (old, *arguments) = step_of(name)
     new, metrics = jax.eval_shape(step, old, *arguments)
@@ -95,7 +108,7 @@ def test_has_a_training_step(name):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_takes_a_training_step(name):
+def test_takes_a_training_step(name, one_block_a_stage):
     step, (old, *arguments) = step_of(name)
     state, metrics = jax.device_get(step(old, *arguments))
     assert np.isfinite(metrics["loss"]).all() and metrics["gradient_norm"] > 0

@@ -75,9 +75,9 @@ def test_streamed_and_resident_sets_train_alike(tiny_config, resident):
     tiny_config.weights = tiny_config.activations = None
     tiny_config.augmentation.mixup_alpha = 0.5
     tiny_config.batch_size = 8
-    expected = steps(tiny_config, resident, 2, 0, 3, 2)
+    expected = steps(tiny_config, resident, 2, 0, 4, 2)
     streamed = Streamed()
-    result = steps(tiny_config, streamed, 2, 0, 3, 2)
+    result = steps(tiny_config, streamed, 2, 0, 4, 2)
     jax.tree.map(np.testing.assert_array_equal, result, expected)
     assert streamed.closed == 1 and streamed.started == [(0, (0, 1), 0)]
 
