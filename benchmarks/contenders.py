@@ -1,6 +1,7 @@
 """qflax's own training steps, one for each kind of quantizer, for the benchmarks of speed."""
 
 import functools
+import time
 
 import jax
 import numpy as np
@@ -56,10 +57,12 @@ _VARIANTS = {
 
 
 class Training:
-    """The training of one variant, as `qflax.training.train` does it; the first call compiles.
+    """The training of one variant, as `qflax.training.train` does it.
 
     Attributes:
       steps: that a call makes: several on an accelerator.
+      compile_seconds: of tracing and compiling them.
+      program: that was compiled.
       num_devices: that share a batch.
     """
 
@@ -78,11 +81,14 @@ class Training:
         stream, on_cpu = stream_of(dataset, 0, problem.batch_size, devices), devices.platform == "cpu"
         self.steps, self.num_devices = 1 if on_cpu else stream.usual_steps, len(devices)
         many = functools.partial(build.train_step(config, devices).many, steps=self.steps, unroll=on_cpu)
-        self._dispatch = devices.pmap(many, donate=True)
         self._state = devices.replicate(build.state(config, variables))
         self._rates = Rates(np.full(10**6, problem.learning_rate, np.float32), devices.replicate)
         self._dispatches, self._at = stream.dispatches(0, 10**6, self.steps), 0
         self._numbers = devices.replicate((build.hyperparameters(config), build.penalties(config, 10**6)))
+        began = time.monotonic()
+        arguments = stream.abstract(self.steps), self._rates.window(0, 1), *self._numbers
+        self._dispatch = devices.pmap(many, donate=True).compile(self._state, *arguments)
+        self.compile_seconds, self.program = time.monotonic() - began, self._dispatch.as_text()
 
     def __call__(self) -> None:
         """Makes `steps` steps and waits for them."""

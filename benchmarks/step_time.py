@@ -9,6 +9,7 @@ not installed is left out and said. The extra `benchmark` installs the others.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -57,8 +58,8 @@ class Contender:
     """A contender in a process of its own.
 
     Attributes:
-      ready: what it told of itself: seconds to the first step, its memory, its device; or None if it could
-        not be built.
+      ready: what it told of itself: seconds to the first step, and of that for compilation (of others than
+        ours, the whole first step); or None if it could not be built.
       problem: why it could not be.
     """
 
@@ -113,11 +114,16 @@ def contend(name: str, problem: Problem, num_devices: int) -> None:
     try:
         own = {"num_devices": num_devices} if name.startswith("qflax") else {}
         training = _builders(_MODULES[name.split()[0]])[name](problem, **own)
+        called = time.monotonic()
         training()
     except (ImportError, NotImplementedError) as error:
         print(json.dumps({"problem": f"{type(error).__name__}: {error}"}), flush=True)
         return
-    print(json.dumps({"build_and_first_step_seconds": time.monotonic() - began}), flush=True)
+    ended = time.monotonic()
+    # The others compile at the first call, or not at all.
+    compiling = getattr(training, "compile_seconds", ended - called)
+    about = {"compile_seconds": compiling, "build_and_first_step_seconds": ended - began}
+    print(json.dumps(about), flush=True)
     for line in sys.stdin:
         if count := int(line):
             training()
@@ -155,10 +161,10 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    fields = ("model", "batch_size", "dtype", "threads")
+    problem = Problem(**{name: getattr(options, name) for name in fields})
     if options.contender:
         cpu.use_huge_pages()
-        fields = ("model", "batch_size", "dtype", "threads")
-        problem = Problem(**{name: getattr(options, name) for name in fields})
         contend(options.contender, problem, options.num_devices)
         return
     known = list(_builders(*dict.fromkeys(_MODULES.values())))
@@ -178,22 +184,42 @@ def main() -> None:
             time.sleep(_REST)
             contender.step(options.steps)
     rows = [_row(name, contender, contenders) for name, contender in contenders.items()]
-    from qflax.training.provenance import provenance  # Starts JAX: after all has been timed.
+    # These start JAX: after all has been timed.
+    from benchmarks.limit import measure
+    from qflax.training.provenance import provenance
 
-    origin = provenance(1)
+    origin, limit = provenance(1), measure(problem)
+    for row in rows:
+        row["share_of_limit"] = limit.seconds / row["median_seconds"]
     print(f"{options.model}, batch {options.batch_size}, {options.dtype}, {options.threads} threads")
     print(f"{origin['processor']}, JAX {origin['versions']['jax']}")
-    heads = ("min s", "median s", "to float", "to fastest peer", "first step s", "peak MiB")
+    print(
+        f"limit {limit.seconds:.4f} s: {limit.operations / 1e9:.1f} GFLOP at "
+        f"{limit.operations_per_second / 1e9:.0f} GFLOP/s, {limit.bytes / 1e9:.2f} GB at "
+        f"{limit.bytes_per_second / 1e9:.1f} GB/s"
+    )
+    heads = (
+        "min s",
+        "median s",
+        "to float",
+        "to fastest peer",
+        "share of limit",
+        "compile s",
+        "first step s",
+        "peak MiB",
+    )
     print(f"{'':36}" + "".join(f"{head:>16}" for head in heads))
     for row in rows:
         peer = f"{row['to_fastest_peer']:.2f}" if row["to_fastest_peer"] else ""
         print(
             f"{row['contender']:36}{row['min_seconds']:16.4f}{row['median_seconds']:16.4f}"
-            f"{row['to_float']:16.2f}{peer:>16}{row['seconds_to_first_step']:16.1f}{row['peak_mib']:16.0f}"
+            f"{row['to_float']:16.2f}{peer:>16}{row['share_of_limit']:16.2f}{row['compile_seconds']:16.1f}"
+            f"{row['seconds_to_first_step']:16.1f}{row['peak_mib']:16.0f}"
         )
     if options.output:
         about = {name: value for name, value in vars(options).items() if name != "output"}
-        options.output.write_text(json.dumps({**about, **origin, "rows": rows}, indent=1) + "\n")
+        about = {**about, **origin, "limit": {**dataclasses.asdict(limit), "seconds": limit.seconds}}
+        options.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 # What is compared with what: the start of our names to the start of peers'.

@@ -118,3 +118,7 @@ class Mapped:
             return self
         compiled = self._call.lower(state, self._indices, (data, rest)).compile()
         return Mapped(compiled, self._indices)
+
+    def as_text(self) -> str:
+        """The compiled program, of what `compile` has returned."""
+        return self._call.as_text()
