@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import MODELS, Problem
 from qflax import cpu
 
 _SIDE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # Of the matrices.
@@ -29,7 +29,7 @@ class Limit:
     Attributes:
       operations: floating-point operations of a step, products and sums.
       bytes: that a step reads and writes at least.
-      operations_per_second, bytes_per_second: of all devices together, the best of some rounds.
+      operations_per_second, bytes_per_second: of one device with all its threads, the best of some rounds.
     """
 
     operations: float
@@ -94,7 +94,7 @@ def _best(function, x) -> float:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--model", default="resnet20", choices=MODELS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()

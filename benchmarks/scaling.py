@@ -13,6 +13,7 @@ import pathlib
 
 import numpy as np
 
+from benchmarks.peers.problem import MODELS
 from benchmarks.step_time import Contender
 from qflax import cpu
 from qflax.training.provenance import git_commit
@@ -21,7 +22,7 @@ from qflax.training.provenance import git_commit
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=["resnet20", "resnet32", "resnet56", "resnet18"])
+    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--batches", nargs="*", type=int, default=[32, 64, 128, 256, 512, 1024])
     parser.add_argument("--devices", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--contender", default="qflax int4 lsq")

@@ -20,7 +20,7 @@ import time
 import jax
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import MODELS, Problem
 from qflax import cpu
 from qflax.training.provenance import git_commit
 
@@ -91,6 +91,8 @@ def profile(training, steps: int) -> dict[str, float]:
         events, kinds = events_of(folder), kinds_of(training.program)
     events = [event for event in events if event[1] in kinds]
     on_cpu = jax.default_backend() == "cpu"
+    if not events:
+        raise SystemExit("the profiler has seen no operation of the program on this device")
     seconds, per = collections.Counter(), steps * training.steps
     for _, name, start, end in events:
         kind = kinds[name]
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--contenders", nargs="*", default=["qflax float", "qflax int4 lsq"], choices=CONTENDERS
     )
-    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--model", default="resnet20", choices=MODELS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=10)

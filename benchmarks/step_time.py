@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import MODELS, Problem
 from qflax import cpu
 
 # Where the contenders are whose names start so.
@@ -148,9 +148,7 @@ def _builders(*modules: str) -> dict:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="resnet20", choices=("resnet20", "resnet32", "resnet56", "resnet18")
-    )
+    parser.add_argument("--model", default="resnet20", choices=MODELS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=cpu.available_cores())

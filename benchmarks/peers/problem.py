@@ -11,6 +11,7 @@ _STAGES = {  # Blocks of each stage, and channels of the first one.
     "resnet56": ((9, 9, 9), 16),
     "resnet18": ((2, 2, 2, 2), 64),
 }
+MODELS = tuple(_STAGES)
 BATCHES = 50
 
 

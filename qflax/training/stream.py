@@ -156,8 +156,9 @@ class ResidentStream(Stream):
 
     def abstract(self, steps):
         """See `Stream`."""
-        images, labels = jax.eval_shape(lambda: (self._dataset.images, self._dataset.labels))
-        window = jax.ShapeDtypeStruct((2 * len(self._dataset.labels),), jnp.int32)
+        arrays = self._dataset.images, self._dataset.labels
+        images, labels = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
+        window = jax.ShapeDtypeStruct((2 * self._dataset.num_examples,), jnp.int32)
         return ResidentData(images, labels, window, *_INT32_AND_SEED)
 
 
