@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def train_main(arguments: Sequence[str]) -> int:
     """train.py --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]; returns the exit code."""
-    code = _report_errors(lambda: _train(arguments))
+    code = report_errors(lambda: _train(arguments))
     if code in (FAILED, BAD_INPUT):
         from qflax.runtime import leave_processes
 
@@ -88,7 +88,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The `qflax` command; returns the exit code."""
-    return _report_errors(lambda: _run(arguments))
+    return report_errors(lambda: _run(arguments))
 
 
 def _run(arguments: Sequence[str]) -> int | None:
@@ -247,7 +247,8 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.ok else FAILED
 
 
-def _report_errors(run: Callable[[], int | None]) -> int:
+def report_errors(run: Callable[[], int | None]) -> int:
+    """Runs a program; returns its exit code, having told of errors in a line."""
     from absl import logging as absl_logging
 
     # Orbax tells of every file that it writes, and with tracebacks of errors that it raises as well.

@@ -297,18 +297,22 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     """Raises `UserError` with the differing fields if the workdir holds a run of another configuration."""
     if not (workdir / FILE).exists():
         return
-    new, old = (_flat(plain(c)) for c in (config, load(workdir)))
-    missing = object()
-    differing = [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if name not in OPERATIONAL and old.get(name, missing) != new.get(name, missing)
-    ]
+    differing = differences(config, load(workdir))
     require(
         not differing,
         f"{workdir}: holds a run of another configuration ({'; '.join(differing)}); "
         "choose another --workdir, or the same configuration to resume it",
     )
+
+
+def differences(new: Mapping, old: Mapping) -> list[str]:
+    """Fields that make another run, as "NAME was OLD, is NEW", in the order of their names."""
+    new, old, missing = _flat(plain(new)), _flat(plain(old)), object()
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in OPERATIONAL and old.get(name, missing) != new.get(name, missing)
+    ]
 
 
 def plain(value):

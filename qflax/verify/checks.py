@@ -48,9 +48,10 @@ def verify(path: pathlib.Path, images: np.ndarray | None = None, labels: np.ndar
     probe, difference = _compare_with_trained(network, analysis, failures)
     if network.dialect == "QONNX":
         _compare_with_package(network, analysis, failures, notes)
-    accuracy, seen = None, {}
+    accuracy, classes, seen = None, (), {}
     if images is not None:
-        accuracy, seen = _measure(network, analysis, images, labels)
+        classes, seen = _measure(network, analysis, images, labels)
+        accuracy = float(np.mean(np.equal(classes, labels)))
         if network.probe is None:
             notes.append("the file does not tell the range of its inputs: images were spread over 0 ... 1")
     rows = [_layer_report(layer, seen.get(layer), failures) for layer in analysis.layers]
@@ -66,7 +67,7 @@ def verify(path: pathlib.Path, images: np.ndarray | None = None, labels: np.ndar
         notes=tuple(notes),
         failures=tuple(failures),
         accuracy=accuracy,
-        examples=0 if images is None else len(images),
+        classes=classes,
     )
 
 
@@ -192,8 +193,8 @@ def _compare_with_package(
 
 def _measure(
     network: Network, analysis: Analysis, images: np.ndarray, labels: np.ndarray
-) -> tuple[float, dict[IntegerLayer, tuple[int, int]]]:
-    """Accuracy, and the least and greatest sum of every layer of integers."""
+) -> tuple[tuple[int, ...], dict[IntegerLayer, tuple[int, int]]]:
+    """The class of every image, and the least and greatest sum of every layer of integers."""
     require(
         images.dtype == np.uint8 and images.shape[1:] == network.shape and len(images) == len(labels) > 0,
         f"{network.path}: takes images of {list(network.shape)}, uint8, with a label each; "
@@ -213,8 +214,8 @@ def _measure(
             )
             seen.setdefault(layer, []).extend((int(sums.min()), int(sums.max())))
 
-    right = 0
+    classes = []
     for i in range(0, len(images), BATCH):
         y = run(network, spread(images[i : i + BATCH], low, high), observe)
-        right += int((y.reshape(len(y), -1).argmax(-1) == labels[i : i + BATCH]).sum())
-    return right / len(images), {layer: (min(sums), max(sums)) for layer, sums in seen.items()}
+        classes += y.reshape(len(y), -1).argmax(-1).tolist()
+    return tuple(classes), {layer: (min(sums), max(sums)) for layer, sums in seen.items()}

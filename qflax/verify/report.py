@@ -48,7 +48,7 @@ class Report:
       notes: what else was or could not be done, a line each.
       failures: what is wrong, a line each.
       accuracy: top-1, of `examples`; None without data.
-      examples: number of images.
+      classes: that were found, of each image.
     """
 
     path: pathlib.Path
@@ -59,7 +59,12 @@ class Report:
     notes: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
     accuracy: float | None = None
-    examples: int = 0
+    classes: tuple[int, ...] = ()
+
+    @property
+    def examples(self) -> int:
+        """Number of images."""
+        return len(self.classes)
 
     @property
     def ok(self) -> bool:

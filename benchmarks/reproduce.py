@@ -1,0 +1,283 @@
+"""Trains the rows of a table of results, with the configurations as they are.
+
+python -m benchmarks.reproduce --table=resnet20 [--rows int8_qat mixed_qat] [--seeds=3] [--minutes=25] \\
+    [--scale=1.0] [--config.FIELD=VALUE ...]
+
+The first row is the float network that all others start from. Every row is trained to its last step,
+evaluated on the whole test set once, exported to a packed file, and that file is verified by `qflax.verify`,
+which shares no code with what wrote it, in a process beside the next row's training. What came of it is in
+`results/TABLE-ROW-seedN.json`; `python -m benchmarks.results` makes the tables of the README of these.
+
+The same command goes on where it was stopped, by its own `--minutes`, SIGTERM or Ctrl-C. A row that is there
+is not made again, unless its configuration has changed since or its schedule was a shorter one. `--scale=0.1`
+shortens all schedules to a tenth, to no less than one epoch.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+from benchmarks.proof import prove
+from benchmarks.tables import CONFIGS, TABLES, Row
+from qflax import cli, cpu
+from qflax.errors import Interrupted, require
+
+RESULTS = pathlib.Path("results")
+_LEFT = 30  # Seconds before the end of --minutes at which it is asked to stop, for what it is doing.
+_FILE = "network.packed"
+_ORIGIN = ("device", "processor", "settings", "python", "versions", "commit")
+_PATHS = ("data_dir", "init_from")  # Differ from machine to machine.
+
+
+def main() -> None:
+    """Makes what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--table", required=True, choices=TABLES)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="all by default")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which it stops")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the schedules' lengths")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the JSON files")
+    options, options.changes = parser.parse_known_args()
+    rows = TABLES[options.table].rows
+    known = [row.name for row in rows]
+    for name in options.rows or ():
+        if name not in known:
+            parser.error(f"--rows: no {name!r} in {options.table}; choices: {', '.join(known)}")
+    for name, bound in (("seeds", 1), ("minutes", 1), ("scale", 1e-6)):
+        if not getattr(options, name) >= bound:
+            parser.error(f"--{name}: must be at least {bound}")
+    cpu.use_huge_pages()
+    sys.exit(cli.report_errors(lambda: reproduce(options)))
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """Makes the rows, seed by seed.
+
+    Raises:
+      UserError: bad input, or a row of a longer schedule is there.
+      Interrupted: the time is up, or it was asked to stop.
+    """
+    from qflax import runtime
+    from qflax.training.interruption import Interruption
+
+    rows = TABLES[options.table].rows
+    chosen = [row for row in rows if row.name in (options.rows or [row.name])]
+    wanted = [_Result(options, row, seed) for seed in range(options.seeds) for row in chosen]
+    missing = [result for result in wanted if not result.is_there()]
+    runtime.configure(_config(options, rows[0], 0).batch_size)
+    options.results.mkdir(parents=True, exist_ok=True)
+    end, proof = time.monotonic() + 60 * options.minutes - _LEFT, None
+    with (
+        Interruption() as interruption,
+        interruption.at_once(),
+        _deadline(end),
+        contextlib.ExitStack() as proofs,
+    ):
+        for result in missing:
+            if time.monotonic() > end:
+                raise Interrupted("the time is up")
+            teacher = _Result(options, rows[0], result.seed)
+            if result.row is not rows[0] and not teacher.is_made():
+                teacher.make()
+            result.make()
+            result.record()
+            if proof is not None:
+                proof.join()
+            proof = proofs.enter_context(_Proof(result))
+        if proof is not None:
+            proof.join()
+
+
+class _Result:
+    """A row and seed: its configuration, workdir and JSON file."""
+
+    def __init__(self, options: argparse.Namespace, row: Row, seed: int):
+        self.options, self.row, self.seed = options, row, seed
+        self.name = f"{options.table}-{row.name}-seed{seed}"
+        self.file = options.results / f"{self.name}.json"
+        self.config = _config(options, row, seed)
+        self.workdir = _workdir(options, row, seed)
+        self.fields = {}
+
+    def is_there(self) -> bool:
+        """Whether the file has it, proven."""
+        from qflax import config as config_lib
+
+        if not self.file.exists():
+            return False
+        result = json.loads(self.file.read_text())
+        scale = self.options.scale
+        require(
+            result["scale"] <= scale,
+            f"{self.file}: has a schedule of {result['scale']:g} times the recipe's, longer than --scale="
+            f"{scale:g}; choose another --results, or delete it",
+        )
+        differing = config_lib.differences(_portable(self.config), result["config"])
+        if result["scale"] < scale or differing:
+            print(f"{self.file}: will be replaced ({'; '.join(differing) or 'its schedule is shorter'})")
+            return False
+        return result["verification"] is not None
+
+    def is_made(self) -> bool:
+        """Whether the workdir has it."""
+        return (self.workdir / "result.json").exists()
+
+    def make(self) -> None:
+        """Trains or quantizes it, where that is left to do."""
+        print(f"{self.name}: {self.workdir}", flush=True)
+        if self.row.trained:
+            from qflax.training import train
+
+            train(self.config, self.workdir)
+        elif not self.is_made():
+            from qflax.training.post_training import quantize
+
+            unfinished = self.workdir.with_name(f".{self.workdir.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            quantize(self.config, unfinished)
+            unfinished.rename(self.workdir)
+
+    def record(self) -> None:
+        """Writes what the workdir has."""
+        result = _load(self.workdir)
+        teacher = _workdir(self.options, TABLES[self.options.table].rows[0], self.seed)
+        seconds = result["train_seconds"] if self.row.trained else result["ptq_seconds"]
+        self.fields = {
+            "table": self.options.table,
+            "row": self.row.name,
+            "seed": self.seed,
+            "scale": self.options.scale,
+            "epochs": result.get("epochs", 0.0),
+            "minutes": seconds / 60,
+            "top1": result["test_accuracy"],
+            "top5": result["test_top5_accuracy"],
+            "float_top1": _load(teacher)["test_accuracy"],
+            "weight_bytes": result["weight_bytes"],
+            "missed_size_targets": result.get("missed_size_targets", []),
+            "file_bytes": None,
+            "verification": None,
+            **{name: result[name] for name in _ORIGIN},
+            "command": shlex.join(["python", "-m", "benchmarks.reproduce", *sys.argv[1:]]),
+            "config": _portable(self.config),
+        }
+        self.save()
+        print(f"{self.name}: top-1 {self.fields['top1']:.2%}", flush=True)
+
+    def save(self) -> None:
+        """Writes the file."""
+        from qflax.files import write_atomically
+
+        write_atomically(self.file, json.dumps(self.fields, indent=1) + "\n")
+
+
+class _Proof(contextlib.AbstractContextManager):
+    """The verification of a row's exported file, in a process of its own."""
+
+    def __init__(self, result: _Result):
+        """Exports, and starts it."""
+        import jax
+
+        from qflax.data import load
+        from qflax.deploy.exporting import export
+        from qflax.training.workdir import serving
+
+        self._result = result
+        function, variables, shape, about = serving(result.workdir)
+        file, self._answer = result.workdir / _FILE, result.workdir / "proof.json"
+        for left in (file, self._answer):
+            left.unlink(missing_ok=True)
+        export(function, variables, shape, file, format="packed", metadata=about)
+        result.fields["file_bytes"] = file.stat().st_size
+        data = ()
+        if (dataset := result.config.dataset) != "imagenet2012":  # Which is not held in memory.
+            test = load(dataset, "test", data_dir=result.config.data_dir or None)
+            serve, size = jax.jit(function), result.config.eval_batch_size
+            parts = [test.images[i : i + size] for i in range(0, test.num_examples, size)]
+            classes = [np.asarray(serve(variables, part.astype(np.float32)).argmax(-1)) for part in parts]
+            data = test.images, test.labels, np.concatenate(classes)
+        arguments = (file, self._answer, *data)
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=prove, args=arguments, daemon=True)
+        self._process.start()
+
+    def join(self) -> None:
+        """Waits for it, and adds to the file what was found."""
+        self._process.join()
+        result = self._result
+        file = result.workdir / _FILE
+        require(self._answer.exists(), f"{file}: could not be verified; try qflax verify {file}")
+        result.fields["verification"] = verification = json.loads(self._answer.read_text())
+        result.save()
+        verdict = "verified" if verification["ok"] else f"NOT verified: {verification['failures']}"
+        print(f"{result.name}: {verdict}", flush=True)
+
+    def __exit__(self, *exception) -> None:
+        self._process.terminate()
+
+
+def _config(options: argparse.Namespace, row: Row, seed: int):
+    from qflax import config as config_lib
+    from qflax import config_file
+
+    config = config_file.read(str(CONFIGS / f"{row.config}.py"), options.changes)
+    config.seed = seed
+    epochs = max(config.num_epochs * options.scale, min(config.num_epochs, 1.0))
+    ratio = epochs / config.num_epochs
+    config.num_epochs, config.warmup_epochs = epochs, config.warmup_epochs * ratio
+    config.milestone_epochs = tuple(epoch * ratio for epoch in config.milestone_epochs)
+    first = TABLES[options.table].rows[0]
+    if row is not first:
+        config.init_from = str(_workdir(options, first, seed))
+    config = config.copy_and_resolve_references()
+    config_lib.validate(config)
+    return config
+
+
+def _workdir(options: argparse.Namespace, row: Row, seed: int) -> pathlib.Path:
+    return options.workdir / f"{options.table}-{options.scale:g}" / f"{row.name}-seed{seed}"
+
+
+def _portable(config) -> dict:
+    """The fields that make the run, but for paths."""
+    from qflax import config as config_lib
+
+    skipped = (*config_lib.OPERATIONAL, *_PATHS)
+    fields = {name: value for name, value in config_lib.plain(config).items() if name not in skipped}
+    fields["distillation"] = {name: x for name, x in fields["distillation"].items() if name != "teacher"}
+    return {**fields, "distilled": bool(config.distillation.teacher)}
+
+
+def _load(workdir: pathlib.Path) -> dict:
+    from qflax.training.workdir import load_result
+
+    return load_result(workdir)
+
+
+@contextlib.contextmanager
+def _deadline(end: float):
+    """At that time it is asked to stop, as a scheduler would."""
+    seconds = min(end - time.monotonic(), threading.TIMEOUT_MAX)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+if __name__ == "__main__":
+    main()
