@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -42,6 +43,13 @@ _PATHS = ("data_dir", "init_from")  # Differ from machine to machine.
 
 def main() -> None:
     """Makes what is missing."""
+    options = parse(sys.argv[1:])
+    cpu.use_huge_pages()
+    sys.exit(cli.report_errors(lambda: reproduce(options)))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--table", required=True, choices=TABLES)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="all by default")
@@ -50,17 +58,15 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the schedules' lengths")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the JSON files")
-    options, options.changes = parser.parse_known_args()
-    rows = TABLES[options.table].rows
-    known = [row.name for row in rows]
+    options, options.changes = parser.parse_known_args(arguments)
+    known = [row.name for row in TABLES[options.table].rows]
     for name in options.rows or ():
         if name not in known:
             parser.error(f"--rows: no {name!r} in {options.table}; choices: {', '.join(known)}")
     for name, bound in (("seeds", 1), ("minutes", 1), ("scale", 1e-6)):
         if not getattr(options, name) >= bound:
             parser.error(f"--{name}: must be at least {bound}")
-    cpu.use_huge_pages()
-    sys.exit(cli.report_errors(lambda: reproduce(options)))
+    return options
 
 
 def reproduce(options: argparse.Namespace) -> None:
@@ -267,7 +273,7 @@ def _load(workdir: pathlib.Path) -> dict:
 
 
 @contextlib.contextmanager
-def _deadline(end: float):
+def _deadline(end: float) -> Iterator[None]:
     """At that time it is asked to stop, as a scheduler would."""
     seconds = min(end - time.monotonic(), threading.TIMEOUT_MAX)
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))

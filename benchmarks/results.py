@@ -1,0 +1,140 @@
+"""Makes the tables of README.md and docs/results.md from the files in results/.
+
+python -m benchmarks.results [--check]
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+import statistics
+import sys
+
+from benchmarks.tables import CONFIGS, TABLES, Row, Table
+from qflax import config_file
+from qflax.files import write_atomically
+
+ROOT = CONFIGS.parent
+_MARK = re.compile(r"(<!-- (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Writes the tables, or checks that they are what the files say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if tables are old")
+    options = parser.parse_args()
+    found = load(ROOT / "results")
+    for name in ("README.md", "docs/results.md"):
+        file = ROOT / name
+        old = file.read_text()
+        new = filled(old, found)
+        if options.check and new != old:
+            sys.exit(f"{name}: its tables are not of results/; run python -m benchmarks.results")
+        if new != old:
+            write_atomically(file, new)
+
+
+def load(folder: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
+    """(table, row) -> what is known of its seeds, in order."""
+    found = collections.defaultdict(list)
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        found[result["table"], result["row"]].append(result)
+    return {key: sorted(results, key=lambda result: result["seed"]) for key, results in found.items()}
+
+
+def filled(text: str, found: dict[tuple[str, str], list[dict]]) -> str:
+    """The text with all that is between marks, `<!-- summary: TABLE -->` and `<!-- end -->`, made anew.
+
+    `summary` has a line per row, `details` one per row and seed.
+    """
+    made = {"summary": summary, "details": details}
+
+    def block(match: re.Match) -> str:
+        start, kind, name, end = match.groups()
+        table = TABLES[name]
+        return f"{start}{made[kind](table, [found.get((name, row.name), []) for row in table.rows])}\n{end}"
+
+    return _MARK.sub(block, text)
+
+
+def summary(table: Table, found: list[list[dict]]) -> str:
+    """A line per row."""
+    lines = [f"{table.title}; published figures of {table.published}.", ""]
+    lines.append("| | published | top-1 | to float | epochs | file | same class as trained | accumulators |")
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row, results in zip(table.rows, found, strict=True):
+        name = f"[{row.label}](configs/{row.config}.py)"
+        published = "" if row.published is None else f"{row.published:.2f} %"
+        lines.append("| " + " | ".join((name, published, *_measured(row, results))) + " |")
+    return "\n".join(line.replace("  ", " ") for line in lines)
+
+
+def _measured(row: Row, results: list[dict]) -> tuple[str, ...]:
+    """top-1, difference to float, epochs, size of the file, images of the same class, accumulators."""
+    if not results:
+        return ("",) * 6
+    top1 = [result["top1"] for result in results]
+    accuracy = f"{statistics.mean(top1):.2%}".replace("%", " %")
+    if len(top1) > 1:
+        accuracy += f" ± {100 * statistics.stdev(top1):.2f} ({len(top1)} seeds)"
+    difference = statistics.mean(100 * (result["top1"] - result["float_top1"]) for result in results)
+    to_float = (
+        f"{difference:+.2f}" if any(result["top1"] != result["float_top1"] for result in results) else ""
+    )
+    proofs = [result["verification"] for result in results]
+    same, held = "not verified yet", ""
+    if all(proofs):
+        same = f"{sum(p['same_class'] for p in proofs):,} of {sum(p['images'] for p in proofs):,}"
+        held = f"{sum(p['accumulators_held'] for p in proofs)} of {sum(p['integer_layers'] for p in proofs)}"
+        if not all(p["ok"] for p in proofs):
+            held += ", NOT verified"
+        if not any(p["integer_layers"] for p in proofs):
+            held = "" if all(p["ok"] for p in proofs) else "NOT verified"
+    sizes = [result["file_bytes"] for result in results if result["file_bytes"]]
+    size = f"{max(sizes) / 1024:,.1f} KiB" if sizes else ""
+    return accuracy, to_float, _epochs(row, results), size, same, held
+
+
+def _epochs(row: Row, results: list[dict]) -> str:
+    """Their number, and of how many where the schedule was shortened."""
+    shortened = min(result["scale"] for result in results) < 1
+    if not row.trained:
+        return "none; float shortened" if shortened else "none"
+    epochs = " / ".join(sorted({f"{result['epochs']:.1f}".removesuffix(".0") for result in results}))
+    recipe = config_file.read(str(CONFIGS / f"{row.config}.py"), ()).num_epochs
+    return epochs + (f" of {recipe:g}, shortened" if shortened else "")
+
+
+def details(table: Table, found: list[list[dict]]) -> str:
+    """A line per row and seed, then how they were made."""
+    lines = ["| | seed | top-1 | top-5 | epochs | minutes | weight bytes | file bytes | commit |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    origins = collections.defaultdict(list)
+    for row, results in zip(table.rows, found, strict=True):
+        for result in results:
+            size = f"{result['file_bytes']:,}" if result["file_bytes"] else ""
+            lines.append(
+                f"| {row.label} | {result['seed']} | {result['top1']:.2%} | {result['top5']:.2%} "
+                f"| {_epochs(row, [result])} | {result['minutes']:.1f} | {result['weight_bytes']:,.0f} "
+                f"| {size} | {_commit(result)} |"
+            )
+            origins[_origin(result), result["command"]].append(row.label)
+    for (origin, command), rows in origins.items():
+        lines += ["", f"{', '.join(dict.fromkeys(rows))}: {origin}; `{command}`"]
+    return "\n".join(lines) if len(lines) > 2 else "Nothing yet."
+
+
+def _commit(result: dict) -> str:
+    commit, plus, changes = result["commit"].partition("+")
+    return commit[:7] + (", changed files" if plus else "")
+
+
+def _origin(result: dict) -> str:
+    packages = ", ".join(f"{name} {result['versions'][name]}" for name in ("jax", "flax"))
+    return f"{result['device']} of {result['processor']}, Python {result['python']}, {packages}"
+
+
+if __name__ == "__main__":
+    main()

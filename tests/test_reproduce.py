@@ -1,0 +1,162 @@
+"""The tables of results: their making, and that those of the documents are what was measured."""
+
+import json
+import pathlib
+import re
+import time
+
+import pytest
+
+from benchmarks import reproduce, results
+from benchmarks.tables import CONFIGS, TABLES
+from qflax.errors import Interrupted, UserError
+from qflax.training.interruption import Interruption
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = (
+    "--config.model=resnet8",
+    "--config.dataset=digits",
+    "--config.batch_size=32",
+    "--config.num_train_steps=6",
+    "--config.warmup_epochs=0",
+    "--config.calibration_examples=64",
+    "--config.calibration_batch_size=64",
+    "--config.eval_batch_size=180",
+    "--config.ptq.report_examples=64",
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick(quick_compilation, monkeypatch):
+    """Nothing of this process's JAX, which has started, is set."""
+    monkeypatch.setattr("qflax.runtime.configure", lambda *_: None)
+
+
+def options(*arguments):
+    """Options of `reproduce`."""
+    return reproduce.parse(["--table=resnet20", *arguments])
+
+
+def test_rows_are_made_and_proven_once(tmp_path, capsys, monkeypatch):
+    folders = (f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
+    command = ("--rows", "fp32", "int8_ptq", *folders, *SMALL)
+    reproduce.reproduce(options(*command))
+    made = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "results").iterdir()}
+    assert set(made) == {"resnet20-fp32-seed0", "resnet20-int8_ptq-seed0"}
+    for result in made.values():
+        proof = result["verification"]
+        assert proof["ok"] and proof["same_class"] == proof["images"] == 360
+        integers = 8 if result["row"] == "int8_ptq" else 0
+        assert proof["accumulators_held"] == proof["integer_layers"] == integers
+        assert proof["accuracy"] == pytest.approx(result["top1"])
+        workdir = tmp_path / "runs/resnet20-1" / f"{result['row']}-seed0"
+        assert (workdir / "network.packed").stat().st_size == result["file_bytes"]
+        teacher = json.loads((tmp_path / "runs/resnet20-1/fp32-seed0/result.json").read_text())
+        assert result["float_top1"] == teacher["test_accuracy"]
+
+    # The same again makes nothing, also where the workdirs are gone.
+    monkeypatch.setattr("qflax.training.train", lambda *_: pytest.fail("trained again"))
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    reproduce.reproduce(options(*command))
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
+
+    # What was not proven, since it was stopped, is proven from its workdir.
+    monkeypatch.undo()
+    file = tmp_path / "results/resnet20-int8_ptq-seed0.json"
+    file.write_text(json.dumps({**made[file.stem], "verification": None}))
+    monkeypatch.setattr("qflax.training.post_training.quantize", lambda *_: pytest.fail("made again"))
+    reproduce.reproduce(options(*command))
+    assert json.loads(file.read_text())["verification"] == made[file.stem]["verification"]
+
+    # A changed recipe makes another row; a shorter schedule's does not replace it.
+    capsys.readouterr()
+    assert not reproduce._Result(options(*command, "--config.ptq.strength=0.5"), *row("int8_ptq")).is_there()
+    assert "ptq.strength was 0.01, is 0.5" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"longer than --scale=0\.5; choose another --results"):
+        reproduce.reproduce(options(*command, "--scale=0.5"))
+
+
+def row(name):
+    """Row and seed."""
+    return next(row for row in TABLES["resnet20"].rows if row.name == name), 0
+
+
+def test_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "_LEFT", 61)
+    folders = (f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
+    with pytest.raises(Interrupted):
+        reproduce.reproduce(options("--rows", "fp32", "--minutes=1", *folders, *SMALL))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_deadline_asks_to_stop():
+    with Interruption() as interruption, reproduce._deadline(time.monotonic() + 0.1):
+        for _ in range(100):
+            time.sleep(0.05)
+            if interruption.requested:
+                break
+    assert interruption.requested == "SIGTERM"
+
+
+def test_schedules_are_shortened():
+    config = reproduce._config(options("--scale=0.1"), *row("fp32"))
+    assert (config.num_epochs, config.warmup_epochs) == (16.0, 0.5)
+    assert reproduce._config(options("--scale=0.001"), *row("fp32")).num_epochs == 1.0
+    steps = ("--scale=0.5", "--config.schedule=step", "--config.milestone_epochs=(50.0,100.0)")
+    assert reproduce._config(options(*steps), *row("fp32")).milestone_epochs == (25.0, 50.0)
+
+
+def test_rows_start_from_the_float_network_of_their_seed():
+    config = reproduce._config(options("--workdir=x"), row("int4_qat")[0], 2)
+    assert config.init_from == "x/resnet20-1/fp32-seed2" and config.seed == 2
+    first, a2q = TABLES["a2q"].rows[:2]
+    config = reproduce._config(reproduce.parse(["--table=a2q"]), a2q, 0)
+    assert config.distillation.teacher == config.init_from
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "int5"], ["--seeds=0"], ["--scale=nan"], ["--minutes=0"]])
+def test_bad_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        options(*arguments)
+    assert re.search(r"error: --\w+: .*(choices|must be)", capsys.readouterr().err)
+
+
+def test_tables_have_configurations():
+    for table in TABLES.values():
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names)
+        assert all((CONFIGS / f"{row.config}.py").is_file() for row in table.rows)
+
+
+def test_results_are_of_known_rows():
+    for file in (ROOT / "results").glob("*.json"):
+        result = json.loads(file.read_text())
+        assert file.stem == f"{result['table']}-{result['row']}-seed{result['seed']}"
+        assert result["row"] in [row.name for row in TABLES[result["table"]].rows]
+        assert "+" not in result["commit"], "made of files that are in no commit"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_documents_agree_with_the_results(name):
+    text = (ROOT / name).read_text()
+    assert results.filled(text, results.load(ROOT / "results")) == text, "run python -m benchmarks.results"
+    assert re.findall(r"<!-- \w+: (\w+) -->", text) == list(TABLES)
+
+
+def test_summary_over_seeds():
+    proof = dict(ok=True, same_class=360, images=360, accumulators_held=8, integer_layers=8)
+    found = [
+        dict(top1=x, float_top1=0.9, scale=1, epochs=160.0, file_bytes=2048, verification=proof)
+        for x in (0.88, 0.89, 0.90)
+    ]
+    table = TABLES["resnet20"]
+    line = results.summary(table, [[], [], [], [], found, []]).splitlines()[-2]
+    assert line == (
+        "| [INT4 QAT](configs/resnet20_int4_cifar10.py) | 93.43 % | 89.00 % ± 1.00 (3 seeds) | -1.00 | 160 "
+        "| 2.0 KiB | 1,080 of 1,080 | 24 of 24 |"
+    )
+    found[1]["verification"] = dict(proof, ok=False, accumulators_held=7)
+    assert "23 of 24, NOT verified" in results.summary(table, [[], [], [], [], found, []])
+    found[1]["scale"], found[1]["verification"] = 0.1, None
+    line = results.summary(table, [[], [], [], [], found, []]).splitlines()[-2]
+    assert "160 of 160, shortened" in line and "not verified yet" in line
