@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
     from qflax.verify.network import Network
 
 EXACT_FLOAT32 = 2**24  # Up to here all integers are float32 numbers.
-_COLUMNS = 2**24  # Elements of the matrix that a convolution is turned into at a time.
+_COLUMNS = 2**19  # Elements of the matrix that a convolution is turned into at a time: some MiB of cache.
 
 
 def run(

@@ -1,6 +1,7 @@
 """Number formats: which numbers there are, and which of them is nearest."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -12,6 +13,8 @@ ROUNDINGS = {
     "toward_zero": np.trunc,
     "stochastic": np.rint,
 }
+_BLOCK = 2**15  # Numbers of which all that is computed stays in a processor's cache.
+_EXPONENT = np.uint64(0x7FF0_0000_0000_0000)  # Its bits in a float64.
 SPECIALS = ("none", "nan", "ieee", "fnuz")
 
 
@@ -94,7 +97,7 @@ class MinifloatFormat:
         """Bits of a code."""
         return self.signed + self.exponent_bits + self.mantissa_bits
 
-    @property
+    @functools.cached_property
     def largest(self) -> float:
         """Largest number."""
         largest = float(self._values(np.array([self._largest_code]))[0])
@@ -114,9 +117,16 @@ class MinifloatFormat:
 
     def nearest(self, x: np.ndarray, rounding: str) -> np.ndarray:
         """Nearest numbers of the format to float32 ones; NaN stays NaN."""
+        numbers, nearest = x.reshape(-1), np.empty(x.size, np.float32)
+        for i in range(0, x.size, _BLOCK):
+            nearest[i : i + _BLOCK] = self._nearest(numbers[i : i + _BLOCK], rounding)
+        return nearest.reshape(x.shape)
+
+    def _nearest(self, x: np.ndarray, rounding: str) -> np.ndarray:
         x = x.astype(np.float64)
-        _, exponent = np.frexp(x)
-        step = np.ldexp(1.0, np.maximum(exponent - 1, self._smallest_exponent) - self.mantissa_bits)
+        power = (x.view(np.uint64) & _EXPONENT).view(np.float64)  # The greatest 2**n up to |x|; 0 of 0.
+        smallest = 2.0 ** max(self._smallest_exponent, -1000)  # No float32 is below 2**-149, or from 2**128.
+        step = np.clip(power, smallest, 2.0**127) * 2.0**-self.mantissa_bits
         rounded = np.where(np.isfinite(x), ROUNDINGS[rounding](x / step) * step, x)
         if not self.signed:
             rounded = np.where(np.signbit(rounded) & ~np.isnan(rounded), 0.0, rounded)
@@ -128,7 +138,7 @@ class MinifloatFormat:
         rounded = np.copysign(magnitude, rounded)
         if self.specials == "fnuz":
             rounded = rounded + 0.0  # There is no minus zero.
-        return rounded.astype(np.float32)
+        return rounded
 
     @property
     def _no_overflow(self) -> bool:
