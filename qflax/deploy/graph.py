@@ -13,7 +13,7 @@ are explicit multiplications.
 |----------------------|----------------------|------------------------------------|------------------------|
 | quantize             | x, scale, zero_point | format, rounding                   | see below              |
 | conv                 | x, kernel            | strides, padding, dilation, groups | sums of products       |
-| dense                | x, kernel            |                                    | x @ kernel             |
+| dense                | x, kernel or values  |                                    | x @ kernel             |
 | multiply, divide, add, subtract, maximum, minimum | a, b |                       | elementwise, float32   |
 | negative, absolute, exp, log, tanh, logistic, erf, sqrt, rsqrt, floor, ceil, round, sign, sin, cos | x | | |
 | power                | x                    | exponent                           | whole exponent         |

@@ -23,6 +23,8 @@ _INLINED = (
     *("custom_jvp_call", "custom_vjp_call"),
 )
 
+_MOVING = ("reshape", "squeeze", "expand_dims", "transpose", "rev", "copy")  # What stays what it was.
+
 # Nothing is computed in this size, of which no other axis is a multiple.
 _BATCH = 10_007
 
@@ -146,7 +148,12 @@ def _evaluated(equation, name, parameters, inputs, layer) -> list[Known]:
     fmt = parameters.get("format") if equation.primitive is PRIMITIVE else None
     if name == "quantize_range":
         fmt = learned_format(inputs[3].array, parameters["signed"], layer)
-    return [Known(np.asarray(result), shape, fmt) for result, shape in zip(results, shapes, strict=True)]
+    bits = None
+    if name in _MOVING:
+        fmt, bits = inputs[0].format, inputs[0].accumulator_bits
+    return [
+        Known(np.asarray(result), shape, fmt, bits) for result, shape in zip(results, shapes, strict=True)
+    ]
 
 
 def _stretched(x: Known, axes, shape) -> Known:

@@ -214,13 +214,39 @@ def _conv(call: Call) -> Value:
 
 
 def _dot(call: Call) -> Value:
-    x, kernel = (call.whole(value) for value in call.inputs)
-    (left, right), batch = call.parameters["dimension_numbers"][0], call.parameters["dimension_numbers"][1]
-    plain = tuple(left) == (len(x.shape) - 1,) and tuple(right) == (0,) and not any(batch)
-    call.require(
-        plain and isinstance(kernel, Known) and len(kernel.shape) == 2, "is not x [..., in] @ kernel"
-    )
-    return call.node("dense", x, kernel)
+    x, other = (call.whole(value) for value in call.inputs)
+    contracted, batch = call.parameters["dimension_numbers"]
+    call.require(isinstance(x, Value), "of a constant by what depends on the input")
+    if isinstance(other, Value):
+        batched = [axes[0] if axes else None for axes in batch] == [0, 0]
+    else:
+        batched = not any(batch) and 0 not in contracted[0]
+    call.require(batched, "sums over the batch, or moves it")
+    x = _as_matrices(call, x, batch[0], contracted[0], last=True)
+    other = _as_matrices(call, other, batch[1], contracted[1], last=False)
+    shape = (*x.shape[:-1], other.shape[-1])
+    product = call.node("dense", x, other, result=shape)
+    return product if shape == call.shape else _reshaped(call, product, call.shape)
+
+
+def _as_matrices(call: Call, x: Value | Known, batch, contracted, *, last: bool) -> Value | Known:
+    """An operand as matrices behind its batch axes, the contracted axes as one, `last` or else before it.
+
+    The input's other axes are left apart where there are no batch axes, as they are for a kernel.
+    """
+    free = [axis for axis in range(len(x.shape)) if axis not in (*batch, *contracted)]
+    order = (*batch, *free, *contracted) if last else (*batch, *contracted, *free)
+    depth = int(np.prod([x.shape[axis] for axis in contracted]))
+    rows = [x.shape[axis] for axis in free]
+    if batch or not last:
+        rows = [int(np.prod(rows))]
+    shape = (*(x.shape[axis] for axis in batch), *((*rows, depth) if last else (depth, *rows)))
+    ordered = tuple(x.shape[axis] for axis in order)
+    if isinstance(x, Known):
+        return dataclasses.replace(x, array=x.array.transpose(order).reshape(shape), shape=shape)
+    if order != tuple(range(len(order))):
+        x = call.node("transpose", x, result=ordered, permutation=order)
+    return x if shape == ordered else _reshaped(call, x, shape)
 
 
 def _window(call: Call) -> Value:

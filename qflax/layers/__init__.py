@@ -2,11 +2,12 @@
 
 from qflax.layers.accumulation import Accumulation
 from qflax.layers.activation import Activation, Quantize
-from qflax.layers.conv import Conv
+from qflax.layers.conv import Conv, ConvTranspose
 from qflax.layers.cost import COST, LayerCost, layer_costs, sizes, sown_costs
-from qflax.layers.dense import Dense
+from qflax.layers.dense import Dense, DenseGeneral, Einsum
 from qflax.layers.norm import BatchNorm
 from qflax.layers.pool import AveragePool, MaxPool
+from qflax.layers.product import Product
 from qflax.layers.residual import Add
 
 __all__ = [
@@ -17,9 +18,13 @@ __all__ = [
     "AveragePool",
     "BatchNorm",
     "Conv",
+    "ConvTranspose",
     "Dense",
+    "DenseGeneral",
+    "Einsum",
     "LayerCost",
     "MaxPool",
+    "Product",
     "Quantize",
     "layer_costs",
     "sizes",

@@ -1,77 +1,70 @@
-"""Convolution with a quantized kernel."""
+"""Convolutions with quantized kernels."""
 
-import functools
 import math
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-from flax.typing import Dtype, Initializer
 
-from qflax.layers.cost import report
-from qflax.layers.operands import (
-    affine,
-    compute_dtype,
-    product_cost,
-    quantize_bias,
-    quantize_outputs,
-    quantize_weights,
-)
+from qflax.layers.product import Product
 from qflax.numerics import convolve
-from qflax.quantizers import FLOAT, Quantization, QuantizedArray, value_of
 
 
-class Conv(nn.Module):
-    """`flax.linen.Conv` for images, with its kernel on a quantizer's grid.
+class Conv(Product, nn.Conv):
+    """`flax.linen.Conv` with its kernel [..., in / groups, features] on a quantizer's grid."""
 
-    Parameters: `kernel` [height, width, in / groups, features], `bias` [features] if `use_bias`.
+    layer, kind = nn.Conv, "conv"
 
-    Attributes:
-      features: output channels.
-      kernel_size: height and width.
-      strides: of both dimensions.
-      padding: `SAME`, `VALID`, or (before, after) for height and width.
-      feature_group_count: groups; `in` for a depthwise convolution.
-      use_bias: whether a bias is added.
-      dtype: dtype of the operands after quantization; None is the input's.
-      quantization: the policy, asked for this layer's `weights`, `biases` and `outputs`.
+    @nn.nowrap
+    def _linear(self) -> nn.Module:
+        linear = super()._linear()
+        if self.conv_general_dilated is None and self.conv_general_dilated_cls is None:
+            linear = linear.clone(conv_general_dilated_cls=lambda: _convolve)
+        return linear
+
+    @nn.nowrap
+    def _kernel_shape(self, x):
+        return (*_sizes(self.kernel_size), x.shape[-1] // self.feature_group_count, self.features)
+
+    @nn.nowrap
+    def _products(self, x, y):
+        return math.prod(y.shape[-1 - len(_sizes(self.kernel_size)) : -1])
+
+
+class ConvTranspose(Product, nn.ConvTranspose):
+    """`flax.linen.ConvTranspose` with its kernel on a quantizer's grid.
+
+    Bounds on its accumulator count every weight, though a stride leaves fewer of them for an output.
     """
 
-    features: int
-    kernel_size: Sequence[int]
-    strides: int = 1
-    padding: str | Sequence[tuple[int, int]] = "SAME"
-    feature_group_count: int = 1
-    use_bias: bool = True
-    dtype: Dtype | None = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    quantization: Quantization = FLOAT
+    layer, kind = nn.ConvTranspose, "conv"
 
-    @nn.compact
-    def __call__(self, inputs: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
-        """Maps [batch, height, width, in] to [batch, height', width', features]; quantized outputs come with
-        their grid.
-        """
-        x = value_of(inputs)
-        channels = x.shape[-1] // self.feature_group_count
-        shape = (*self.kernel_size, channels, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        quantized = quantize_weights(self, self.quantization, kernel, inputs)
-        dtype = compute_dtype(self.dtype, x)
-        multiply = functools.partial(
-            convolve, stride=self.strides, padding=self.padding, groups=self.feature_group_count
-        )
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,))
-            bias = quantize_bias(self, self.quantization, bias, quantized, inputs)
-        y = affine(multiply, inputs, quantized, bias, dtype)
-        outputs = quantize_outputs(self, self.quantization, y)
-        report(
-            self,
-            kind="conv",
-            macs=math.prod(y.shape[1:3]) * math.prod(shape),
-            **product_cost(self, self.quantization, quantized, inputs, bias, outputs),
-        )
-        return outputs
+    @nn.nowrap
+    def _kernel_shape(self, x):
+        ends = (x.shape[-1], self.features)
+        return (*_sizes(self.kernel_size), *(ends[::-1] if self.transpose_kernel else ends))
+
+    @nn.nowrap
+    def _flat(self, kernel, x):
+        del x
+        return kernel.swapaxes(-1, -2) if self.transpose_kernel else kernel
+
+    @nn.nowrap
+    def _unflat(self, kernel, shape, x):
+        del shape
+        return self._flat(kernel, x)
+
+    @nn.nowrap
+    def _products(self, x, y):
+        return math.prod(x.shape[-1 - len(_sizes(self.kernel_size)) : -1])
+
+
+def _sizes(kernel_size) -> tuple[int, ...]:
+    return (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
+    """`lax.conv_general_dilated`; of images the one whose gradient is fast on a CPU."""
+    dilated = any(d != 1 for name in ("lhs_dilation", "rhs_dilation") for d in options[name])
+    if x.ndim != 4 or dilated or len(set(strides)) > 1 or options["precision"] is not None:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    return convolve(x, kernel, stride=strides[0], padding=padding, groups=options["feature_group_count"])

@@ -1,61 +1,135 @@
-"""Dense layer with a quantized kernel."""
+"""Matrix products with quantized kernels."""
 
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.typing import Dtype, Initializer
+import opt_einsum
 
-from qflax.layers.cost import report
-from qflax.layers.operands import (
-    affine,
-    compute_dtype,
-    product_cost,
-    quantize_bias,
-    quantize_outputs,
-    quantize_weights,
-)
-from qflax.quantizers import FLOAT, Quantization, QuantizedArray, value_of
+from qflax.errors import UserError
+from qflax.layers.product import Product
 
 
-class Dense(nn.Module):
-    """`flax.linen.Dense` with its kernel on a quantizer's grid.
+class Dense(Product, nn.Dense):
+    """`flax.linen.Dense` with its kernel [in, features] on a quantizer's grid."""
 
-    Parameters: `kernel` [in, features], `bias` [features] if `use_bias`.
+    layer, kind = nn.Dense, "dense"
 
-    Attributes:
-      features: outputs.
-      use_bias: whether a bias is added.
-      dtype: dtype of the operands after quantization; None is the input's.
-      quantization: the policy, asked for this layer's `weights`, `biases` and `outputs`.
+    @nn.nowrap
+    def _kernel_shape(self, x):
+        return (x.shape[-1], self.features)
+
+
+class DenseGeneral(Product, nn.DenseGeneral):
+    """`flax.linen.DenseGeneral` with its kernel [*in, *features] on a quantizer's grid.
+
+    Raises:
+      UserError: `batch_dims`, of which each would have a kernel of its own.
     """
 
-    features: int
-    use_bias: bool = True
-    dtype: Dtype | None = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    quantization: Quantization = FLOAT
+    layer, kind = nn.DenseGeneral, "dense"
 
-    @nn.compact
-    def __call__(self, inputs: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
-        """Maps [..., in] to [..., features]; quantized outputs come with their grid."""
-        x = value_of(inputs)
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        quantized = quantize_weights(self, self.quantization, kernel, inputs)
-        dtype = compute_dtype(self.dtype, x)
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,))
-            bias = quantize_bias(self, self.quantization, bias, quantized, inputs)
-        y = affine(jnp.matmul, inputs, quantized, bias, dtype)
-        outputs = quantize_outputs(self, self.quantization, y)
-        report(
-            self,
-            kind="dense",
-            macs=math.prod(x.shape[1:-1]) * math.prod(shape),
-            **product_cost(self, self.quantization, quantized, inputs, bias, outputs),
-        )
-        return outputs
+    @property
+    def _features(self) -> tuple[int, ...]:
+        return (self.features,) if isinstance(self.features, int) else tuple(self.features)
+
+    @nn.nowrap
+    def _kernel_shape(self, x):
+        if self.batch_dims:
+            raise UserError(f"{'/'.join(self.path)}: batch_dims cannot be quantized; leave it float")
+        return (*(x.shape[axis] for axis in self._axes(x)), *self._features)
+
+    @nn.nowrap
+    def _axes(self, x):
+        """Axes of the input that are summed over."""
+        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+        return [axis % x.ndim for axis in axes]
+
+    @nn.nowrap
+    def _multiply(self, x, kernel, shape):
+        if self.dot_general is not None or self.dot_general_cls is not None:
+            return super()._multiply(x, kernel, shape)
+        axes = self._axes(x)  # As one product of matrices, which every export knows.
+        x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+        y = jnp.matmul(x.reshape(*x.shape[: -len(axes)], -1), kernel, precision=self.precision)
+        return y.reshape(*y.shape[:-1], *self._features)
+
+    @nn.nowrap
+    def _bias_shape(self, x):
+        del x
+        return self._features
+
+    @nn.nowrap
+    def _kernel_init(self, shape):
+        features = math.prod(self._features)
+
+        def init(key, shape, dtype):  # As Flax does it: as of a matrix.
+            return self.kernel_init(key, (math.prod(shape) // features, features), dtype).reshape(shape)
+
+        return init
+
+    @nn.nowrap
+    def _flat(self, kernel, x):
+        del x
+        return kernel.reshape(-1, math.prod(self._features))
+
+    @nn.nowrap
+    def _spread(self, values, x):
+        del x
+        return values.reshape(self._features)
+
+
+class Einsum(Product, nn.Einsum):
+    """`flax.linen.Einsum`, with its equation as an attribute, and its kernel on a quantizer's grid.
+
+    Axes of the kernel that the result has, too, count as those of outputs, in the order of the result.
+    """
+
+    layer, kind = nn.Einsum, "dense"
+
+    @nn.nowrap
+    def _labels(self, x) -> tuple[str, str]:
+        """Of the kernel, and of the result."""
+        if self.einsum_str is None:
+            raise UserError(
+                f"{'/'.join(self.path)}: an equation that is given at the call cannot be quantized; give it "
+                "to the layer, or leave it float"
+            )
+        kernel = jnp.empty(self.shape)
+        operands, result, _ = opt_einsum.parser.parse_einsum_input((self.einsum_str, x, kernel))
+        return operands.split(",")[1], result
+
+    @nn.nowrap
+    def _kernel_shape(self, x):
+        del x
+        return tuple(self.shape)
+
+    @nn.nowrap
+    def _bias_shape(self, x):
+        kernel, result = self._labels(x)
+        return tuple(self.shape[kernel.index(label)] for label in result if label in kernel)
+
+    @nn.nowrap
+    def _order(self, x) -> list[int]:
+        """Axes of the kernel: those that are summed over, then those of outputs."""
+        kernel, result = self._labels(x)
+        summed = [i for i, label in enumerate(kernel) if label not in result]
+        return [*summed, *(kernel.index(label) for label in result if label in kernel)]
+
+    @nn.nowrap
+    def _flat(self, kernel, x):
+        outputs = self._bias_shape(x)
+        ordered = kernel.transpose(self._order(x))
+        return ordered.reshape(*(ordered.shape[: kernel.ndim - len(outputs)] or (1,)), -1)
+
+    @nn.nowrap
+    def _unflat(self, kernel, shape, x):
+        order = self._order(x)
+        ordered = kernel.reshape([shape[axis] for axis in order])
+        return ordered.transpose([order.index(axis) for axis in range(len(shape))])
+
+    @nn.nowrap
+    def _spread(self, values, x):
+        kernel, result = self._labels(x)
+        sizes = dict(zip(kernel, self.shape, strict=True))
+        return values.reshape([sizes.get(label, 1) for label in result])

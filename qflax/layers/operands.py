@@ -70,6 +70,7 @@ def affine(
     kernel: jax.Array | QuantizedArray,
     bias: jax.Array | QuantizedArray | None,
     dtype: jnp.dtype,
+    spread: Callable[[jax.Array], jax.Array] = lambda values: values,
 ) -> jax.Array:
     """Products of `inputs` and `kernel` with a bias: as hardware does it, scales after the sums.
 
@@ -77,19 +78,21 @@ def affine(
     they would depend on the order, which differs between devices, libraries and exports.
 
     Args:
-      multiply: linear in both of its arguments, whose channels are the last axis of its result.
+      multiply: linear in both of its arguments.
       inputs, kernel: its arguments.
       bias: [features]; an integer one is added to the sums, a float one to what they stand for.
       dtype: to multiply in.
+      spread: makes of [features] what is broadcast to the products.
     """
     (x, x_scale), (w, w_scale) = _behind_scale(inputs, per_channel=False), _behind_scale(kernel)
     y = multiply(x.astype(dtype), w.astype(dtype))
     if isinstance(bias, QuantizedArray):
-        y += bias.unscaled.astype(dtype)
+        y += spread(bias.unscaled.astype(dtype))
     scales = [scale for scale in (x_scale, w_scale) if scale is not None]
     if scales:
-        y = product(y, math.prod(scales).astype(dtype))
-    return y if bias is None or isinstance(bias, QuantizedArray) else y + bias.astype(dtype)
+        scale = math.prod(scales).astype(dtype)
+        y = product(y, spread(scale) if scale.ndim else scale)
+    return y if bias is None or isinstance(bias, QuantizedArray) else y + spread(bias.astype(dtype))
 
 
 def _behind_scale(
@@ -127,11 +130,6 @@ def quantize_activations(
     )
 
 
-def compute_dtype(dtype: jnp.dtype | None, x: jax.Array) -> jnp.dtype:
-    """The dtype to compute in: the layer's, or that of its input."""
-    return jnp.dtype(x.dtype if dtype is None else dtype)
-
-
 def product_cost(
     layer: nn.Module,
     quantization: Quantization,
@@ -144,9 +142,9 @@ def product_cost(
     integer_bias = isinstance(bias, QuantizedArray)
     shape, quantized = value_of(outputs).shape, isinstance(outputs, QuantizedArray)
     return {
-        "roles": ("weights", "outputs", *(["biases"] if layer.use_bias else [])),
+        "roles": ("weights", "outputs", *(() if bias is None else ["biases"])),
         "weights": value_of(kernel).size,
-        "biases": layer.features * layer.use_bias,
+        "biases": 0 if bias is None else value_of(bias).size,
         "weight_bits": bits_of(kernel),
         "bias_bits": bias.format.bits if integer_bias else 32,
         "input_bits": bits_of(inputs),

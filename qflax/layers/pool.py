@@ -29,11 +29,11 @@ class AveragePool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, height, width, channels] to [batch, channels]."""
-        mean = _integer_mean(x) if _has_codes(x) else jnp.mean(value_of(x), axis=(1, 2))
-        return Quantize(self.signed, self.quantization, name="output")(mean)
+        mean = _mean(x) if has_codes(x) else jnp.mean(value_of(x), axis=(1, 2))
+        return Quantize(self.signed, quantization=self.quantization, name="output")(mean)
 
 
-def _has_codes(x: jax.Array | QuantizedArray) -> bool:
+def has_codes(x: jax.Array | QuantizedArray) -> bool:
     """Whether `x` is a scale times integers that are codes."""
     return (
         isinstance(x, QuantizedArray)
@@ -43,16 +43,28 @@ def _has_codes(x: jax.Array | QuantizedArray) -> bool:
     )
 
 
-def _integer_mean(x: QuantizedArray) -> QuantizedArray:
-    pixels, fmt = math.prod(x.unscaled.shape[1:3]), x.format
+def mean_of_codes(x: QuantizedArray, total: jax.Array, count: int, divisor: float) -> QuantizedArray:
+    """What `has_codes`, summed up and divided.
+
+    Args:
+      x: the operand.
+      total: of its codes, `count` in each sum.
+      count: see `total`.
+      divisor: positive.
+    """
+    fmt = x.format
     if isinstance(fmt, IntegerFormat):
-        bits = width_of_extremes(pixels * fmt.lowest, pixels * fmt.highest) - (not fmt.signed)
+        bits = width_of_extremes(count * fmt.lowest, count * fmt.highest) - (not fmt.signed)
         fmt = IntegerFormat(bits=bits, signed=fmt.signed)
     else:
-        fmt = LearnedInteger(bits=fmt.bits + math.ceil(math.log2(pixels)), signed=fmt.signed)
-    total, scale = jnp.sum(x.unscaled, axis=(1, 2)), quotient(x.scale, pixels)
-    mean = product(total, jax.lax.stop_gradient(scale))
-    return QuantizedArray(mean, total, scale, x.zero_point, fmt)
+        fmt = LearnedInteger(bits=fmt.bits + math.ceil(math.log2(count)), signed=fmt.signed)
+    scale = x.scale if divisor == 1 else quotient(x.scale, divisor)
+    return QuantizedArray(product(total, jax.lax.stop_gradient(scale)), total, scale, x.zero_point, fmt)
+
+
+def _mean(x: QuantizedArray) -> QuantizedArray:
+    pixels = math.prod(x.unscaled.shape[1:3])
+    return mean_of_codes(x, jnp.sum(x.unscaled, axis=(1, 2)), pixels, pixels)
 
 
 class MaxPool(nn.Module):

@@ -136,7 +136,7 @@ def _patches(layer: Layer, x: jax.Array) -> jax.Array:
     """The inputs of each product: [products, groups, inputs]."""
     if isinstance(layer, Dense):
         return x.reshape(-1, 1, x.shape[-1])
-    stride, window = layer.strides, tuple(layer.kernel_size)
+    window, (stride, _) = tuple(layer.kernel_size), np.broadcast_to(layer.strides, 2)
     padding = layer.padding
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, (stride, stride), padding)

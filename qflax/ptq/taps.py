@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from qflax.quantizers import QuantizedArray, value_of
+from qflax.linen import is_stood_in_for
+from qflax.quantizers import QuantizedArray, payload_of, value_of
 
 # Stands in for a module's call: gets the call itself and its positional arguments, returns the result.
 Hook = Callable[..., typing.Any]
@@ -27,7 +28,7 @@ def apply_with_hooks(
 
     def intercept(next_call, args, kwargs, context):
         hook = hooks.get("/".join(context.module.path)) if context.method_name == "__call__" else None
-        if hook is None:
+        if hook is None or is_stood_in_for(context.module, args):
             return next_call(*args, **kwargs)
         return hook(lambda *args: next_call(*args, **kwargs), *args)
 
@@ -69,8 +70,7 @@ def run(
     def hook_of(path):
         def hook(call, *args):
             if path in given:
-                grid = isinstance(args[0], QuantizedArray)
-                args = (args[0].moved(given[path]) if grid else given[path], *args[1:])
+                args = (_moved(args[0], given[path]), *args[1:])
             if path in inputs:
                 seen[0][path] = value_of(args[0])
             result = hooks[path](call, *args) if path in hooks else call(*args)
@@ -83,6 +83,13 @@ def run(
     paths = {*given, *hooks, *inputs, *outputs}
     apply_with_hooks(model, variables, x, {path: hook_of(path) for path in paths}, train=False)
     return seen
+
+
+def _moved(x: jax.Array | QuantizedArray, value: jax.Array) -> jax.Array | QuantizedArray:
+    """Another array in the place of one, behind its grid, and in the same tracer of a quantized model."""
+    payload = payload_of(x)
+    moved = payload.moved(value) if isinstance(payload, QuantizedArray) else value
+    return moved if payload is x else x.of(moved)
 
 
 def capturing(model: nn.Module, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> Callable:
@@ -127,7 +134,7 @@ def record_calls(model: nn.Module, variables: Mapping, example: jax.Array) -> li
 
     def intercept(next_call, args, kwargs, context):
         path = context.module.path
-        if context.method_name != "__call__" or not path:
+        if context.method_name != "__call__" or not path or is_stood_in_for(context.module, args):
             return next_call(*args, **kwargs)
         place = len(calls)
         calls.append(None)

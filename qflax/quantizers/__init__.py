@@ -8,7 +8,13 @@ from qflax.quantizers.constraints import constrain, limit_gradients
 from qflax.quantizers.integer_bias import IntegerBias
 from qflax.quantizers.minifloat import Minifloat
 from qflax.quantizers.mixed_precision import MixedPrecision, freeze_widths, widths_frozen
-from qflax.quantizers.quantized_array import QuantizedArray, bits_of, quantized_array, value_of
+from qflax.quantizers.quantized_array import (
+    QuantizedArray,
+    bits_of,
+    payload_of,
+    quantized_array,
+    value_of,
+)
 from qflax.quantizers.rules import FLOAT, Quantization, Rule, quantization_from_config
 from qflax.quantizers.spec import KINDS, ROLES, Spec, quantizer_of, spec_from_dict
 from qflax.quantizers.truncation import Truncation
@@ -41,6 +47,7 @@ __all__ = [
     "constrain",
     "freeze_widths",
     "limit_gradients",
+    "payload_of",
     "project_weights",
     "quantization_from_config",
     "quantized_array",

@@ -1,5 +1,7 @@
 """An array on a quantizer's grid, together with the grid."""
 
+import typing
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -63,8 +65,14 @@ _with_gradient_of.defvjp(
 )
 
 
+def payload_of(x: typing.Any) -> typing.Any:
+    """The array or quantized array that a tracer of `qflax.linen` stands for; anything else as it is."""
+    return getattr(x, "payload", x) if isinstance(x, jax.core.Tracer) else x
+
+
 def value_of(x: jax.Array | QuantizedArray) -> jax.Array:
     """The plain array."""
+    x = payload_of(x)
     return x.value if isinstance(x, QuantizedArray) else x
 
 

@@ -108,7 +108,8 @@ def _float_report(network: Network, node: Node, failures: list[str]) -> tuple[in
         failures.append(
             f"{node.layer}: {node.promised} bits are promised, but it does not sum integers of a known range"
         )
-    depth = int(np.prod(network.shapes[node.inputs[1]][:-1]))
+    shape = network.shapes[node.inputs[1]]
+    depth = int(np.prod(shape[:-1] if node.inputs[1] in network.fixed else shape[-2:-1]))
     row = LayerReport(layer=node.layer, kind=node.operation, depth=depth, promised=node.promised)
     return node.output, row
 

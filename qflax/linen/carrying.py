@@ -1,0 +1,263 @@
+"""Carries grids of arrays, and what is known of their signs, through a model's plain code.
+
+Within `carrying`, arrays that depend on the model's input are tracers of JAX's that stand for them.
+Operations that only move values keep them on their grid, so that a layer behind a reshape or a max pool
+multiplies codes; others compute with the values, as if nothing had happened. JAX has no public interface for
+tracers of one's own: this module alone knows how they are made.
+"""
+
+import contextlib
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import core
+from jax.extend.core import jaxpr_as_fun
+
+from qflax.layers.pool import has_codes, mean_of_codes
+from qflax.numerics import product
+from qflax.quantizers import QuantizedArray, payload_of, value_of
+
+# Functions of one array that are seen as a whole, with their names in JAX.
+FUNCTIONS = (
+    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "softplus", "sigmoid", "tanh"),
+    *("hard_tanh", "hard_sigmoid", "hard_silu", "log_sigmoid", "squareplus", "mish", "soft_sign"),
+)
+NONNEGATIVE_FUNCTIONS = ("relu", "relu6", "softplus", "sigmoid", "hard_sigmoid", "squareplus")
+# Of what is not negative they make what is not negative.
+_KEEPING_SIGN = (
+    *("add", "mul", "div", "min", "sqrt", "rsqrt", "cumsum", "reduce_sum", "reduce_max", "reduce_min"),
+    *("reduce_window", "reduce_window_max", "reduce_window_sum", "dot_general", "conv_general_dilated"),
+)
+_NONNEGATIVE = ("exp", "abs", "logistic", "square")
+_MOVING = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "broadcast_in_dim", "copy")
+_LARGEST = ("reduce_max", "reduce_window_max")
+_TAKES_AVAL = "aval" in inspect.signature(core.Tracer.__init__).parameters
+
+
+class Carried(core.Tracer):
+    """Stands for an array that depends on the model's input.
+
+    Attributes:
+      payload: the array, or the quantized one.
+      nonnegative: whether no element can be negative.
+    """
+
+    def __init__(self, trace: "Trace", payload: jax.Array | QuantizedArray, nonnegative: bool = False):
+        """Belongs to a trace."""
+        self.payload, self.nonnegative = payload, nonnegative
+        super().__init__(trace, *([core.typeof(value_of(payload))] if _TAKES_AVAL else []))
+
+    if not _TAKES_AVAL:
+
+        @property
+        def aval(self):
+            """Shape and dtype."""
+            return core.typeof(value_of(self.payload))
+
+    def full_lower(self) -> "Carried":
+        """See `jax.core.Tracer`."""
+        return self
+
+    def of(self, payload: jax.Array | QuantizedArray) -> "Carried":
+        """Another array in its place."""
+        return Carried(self._trace, payload, self.nonnegative)
+
+
+class Places(typing.Protocol):
+    """What may be done at places in a model that are no modules."""
+
+    def function(self, name: str, call: Callable, x: jax.Array | QuantizedArray) -> typing.Any:
+        """The result of an activation function, `call(value)`."""
+
+    def addition(self, call: Callable, operands: Sequence[Carried]) -> typing.Any:
+        """The result of an addition of two arrays of one shape, `call(value, value)`."""
+
+
+@contextlib.contextmanager
+def carrying(make_places: Callable[["Trace"], Places]) -> Iterator[tuple["Trace", Places]]:
+    """Within this, operations on arrays that `Trace.carried` has wrapped carry their grids."""
+    with core.take_current_trace() as parent:
+        trace = Trace(parent)
+        trace.places = make_places(trace)
+        with core.set_current_trace(trace):
+            yield trace, trace.places
+
+
+class Trace(core.Trace):
+    """Computes with payloads, in the trace that was there before.
+
+    Attributes:
+      places: what is done at places that are no modules.
+    """
+
+    __slots__ = ("_inside", "_parent", "places")
+
+    def __init__(self, parent: core.Trace):
+        """Makes one with no places yet."""
+        super().__init__()
+        self._parent, self.places, self._inside = parent, None, 0
+
+    def carried(self, x: typing.Any) -> typing.Any:
+        """Has the arrays and quantized arrays in a tree carried; not within a transformation's own trace that
+        the model's code has begun.
+        """
+        with core.take_current_trace() as current:
+            return self._carried(x) if current is self else x
+
+    def _carried(self, x: typing.Any, nonnegative: bool = False) -> typing.Any:
+        is_leaf = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
+        floats = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)  # noqa: E731
+
+        def wrap(x):
+            array = isinstance(x, QuantizedArray) or (isinstance(x, jax.Array | np.ndarray) and floats(x))
+            return Carried(self, x, nonnegative) if array and not isinstance(x, Carried) else x
+
+        return jax.tree.map(wrap, x, is_leaf=is_leaf)
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Within this, operations are made as if there were no such trace; in a transformation's own trace
+        that the model's code has begun, nothing changes.
+        """
+        with core.take_current_trace() as current:
+            own = current is self
+            with core.set_current_trace(self._parent if own else current):
+                yield
+
+    def stage_value(self, val):
+        """See `jax.core.Trace`."""
+        return val
+
+    def process_primitive(self, primitive, tracers, params, /):
+        """See `jax.core.Trace`."""
+        name = params["name"] if primitive.name in ("jit", "pjit") else primitive.name
+        inner = params.get("jaxpr") if name != primitive.name else None
+
+        def call(*values):
+            return primitive.bind(*values, **params)
+
+        def first(*values):
+            result = call(*values)
+            return result[0] if primitive.multiple_results else result
+
+        if not any(isinstance(x, Carried) for x in tracers):
+            if self._inside and not any(isinstance(x, core.Tracer) for x in tracers):
+                with jax.ensure_compile_time_eval():  # Constants of JAX's functions stay known.
+                    return call(*tracers)
+            with core.set_current_trace(self._parent):
+                return call(*tracers)
+        with core.set_current_trace(self._parent):
+            result = self._at_place(name, first, tracers)
+        if result is not None:
+            result = Carried(self, result, _nonnegative(name, tracers, params))
+            return [result] if primitive.multiple_results else result
+        if inner is not None and any(_known(x) for x in tracers):
+            self._inside += 1  # Of a function of JAX's; its additions are its own.
+            try:
+                with core.set_current_trace(self):
+                    return jaxpr_as_fun(inner)(*tracers)
+            finally:
+                self._inside -= 1
+        with core.set_current_trace(self._parent):
+            kept = _kept(name, primitive, tracers, params)
+            result = call(*(value_of(x) for x in tracers)) if kept is None else kept
+        return self._carried(result, _nonnegative(name, tracers, params))
+
+    def _at_place(self, name: str, call: Callable, tracers: Sequence):
+        """The result where this is an activation function or an addition of two arrays; else None."""
+        carried = [x for x in tracers if isinstance(x, Carried)]
+        alike = len(carried) == len(tracers) == 2 and carried[0].shape == carried[1].shape
+        function, addition = name in FUNCTIONS and len(tracers) == 1, name == "add" and alike
+        if self._inside or not (function or addition) or _in_function_of_jax():
+            return None
+        if function:
+            return self.places.function(name, call, carried[0].payload)
+        return self.places.addition(call, carried)
+
+    def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
+        """See `jax.core.Trace`."""
+        name = fun.debug_info.func_name.rpartition(".")[2] if fun.debug_info else ""
+
+        def call(*values):
+            return self._parent.process_custom_jvp_call(
+                primitive, fun, jvp, values, symbolic_zeros=symbolic_zeros
+            )
+
+        with core.set_current_trace(self._parent):
+            result = self._at_place(name, lambda *values: call(*values)[0], tracers)
+            results = call(*(value_of(x) for x in tracers)) if result is None else [result]
+        return self._carried(list(results), name in NONNEGATIVE_FUNCTIONS)
+
+    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, **options):
+        """See `jax.core.Trace`."""
+        with core.set_current_trace(self._parent):
+            values = [value_of(x) for x in tracers]
+            results = self._parent.process_custom_vjp_call(primitive, fun, fwd, bwd, values, **options)
+        return self._carried(list(results))
+
+
+def _known(x: typing.Any) -> bool:
+    """Whether more is known of it than its values."""
+    return isinstance(x, Carried) and (x.nonnegative or isinstance(x.payload, QuantizedArray))
+
+
+def _in_function_of_jax() -> bool:
+    """Whether the operation belongs to an activation function that JAX does not make a unit of."""
+    frame = inspect.currentframe()
+    while frame is not None and not frame.f_code.co_filename.endswith("qflax/linen/quantized.py"):
+        if frame.f_code.co_filename.endswith("jax/_src/nn/functions.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _nonnegative(name: str, operands: Sequence, params: dict) -> bool:
+    """Whether no element of an operation's result can be negative."""
+    if name in _NONNEGATIVE or name in NONNEGATIVE_FUNCTIONS:
+        return True
+    if name == "integer_pow" and params["y"] % 2 == 0:
+        return True
+    signs = [_is_nonnegative(x) for x in operands]
+    if name == "max":
+        return any(signs)
+    if name == "select_n":
+        return all(signs[1:])
+    return all(signs) and name in (*_KEEPING_SIGN, *_MOVING, "concatenate", "pad", "convert_element_type")
+
+
+def _is_nonnegative(x: typing.Any) -> bool:
+    if isinstance(x, Carried):
+        return x.nonnegative
+    return not isinstance(x, core.Tracer) and np.size(x) == 1 and bool(np.all(np.asarray(x) >= 0))
+
+
+def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict) -> QuantizedArray | None:
+    """The result on the operands' grid, where it lies there."""
+    arrays = [payload_of(x) for x in operands]
+    x = arrays[0]
+    if not isinstance(x, QuantizedArray) or x.scale.ndim:
+        return None
+
+    def bind(*values):
+        return primitive.bind(*values, **params)
+
+    if name in _MOVING and len(arrays) == 1:
+        return x.replace(value=bind(x.value), unscaled=bind(x.unscaled))
+    if name in _LARGEST and len(arrays) == 1:
+        largest = bind(x.unscaled)
+        return x.replace(value=product(largest, jax.lax.stop_gradient(x.scale)), unscaled=largest)
+    if name == "reduce_sum" and has_codes(x):
+        total = bind(x.unscaled)
+        return mean_of_codes(x, total, x.unscaled.size // total.size, 1)
+    if name == "div" and has_codes(x) and _is_nonnegative(arrays[1]) and np.any(arrays[1]):
+        return mean_of_codes(x, x.unscaled, 1, float(arrays[1]))
+    if name == "pad" and not isinstance(arrays[1], core.Tracer) and np.all(np.asarray(arrays[1]) == 0):
+        return x.replace(value=bind(x.value, arrays[1]), unscaled=bind(x.unscaled, arrays[1]))
+    same = all(isinstance(y, QuantizedArray) and y.scale is x.scale and y.format is x.format for y in arrays)
+    if name == "concatenate" and same:
+        return x.replace(value=bind(*(y.value for y in arrays)), unscaled=bind(*(y.unscaled for y in arrays)))
+    return None

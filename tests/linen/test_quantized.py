@@ -1,0 +1,230 @@
+"""Any Linen module is quantized by rules on its paths, whatever its code does."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_networks import MobileNet, PlainCNN
+
+from qflax.deploy import export
+from qflax.errors import UserError
+from qflax.layers import layer_costs
+from qflax.linen import describe, quantize
+from qflax.ptq.recipe import Networks, Settings, apply_recipe
+from qflax.ptq.reconstruction import Reconstruction
+from qflax.quantizers import (
+    AccumulatorAware,
+    IntegerBias,
+    Minifloat,
+    MixedPrecision,
+    QuantizedArray,
+    Rule,
+    Uniform,
+    calibrate,
+    freeze_widths,
+)
+from qflax.verify import verify
+
+W4, A8 = Uniform(bits=4, granularity="per_channel"), Uniform(bits=8)
+IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def ready(model, *inputs, **call):
+    """Calibrated variables."""
+    return calibrate(model, jax.jit(model.init)(jax.random.key(0), *inputs), [inputs[0]], **call)
+
+
+class Everything(nn.Module):
+    """Places of all sorts."""
+
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(8, name="shared")
+        x = nn.relu(shared(x))
+        x = nn.silu(shared(x)) + x
+        x = nn.LayerNorm(name="norm")(x) @ self.param("matrix", nn.initializers.ones_init(), (8, 8))
+        self.sow("intermediates", "seen", x)
+        return nn.Dense(4, use_bias=False, name="last")(nn.gelu(x))
+
+
+def test_description():
+    model = quantize(
+        Everything(),
+        weights=W4,
+        activations=A8,
+        rules=[
+            Rule("shared", {"weights": {"bits": 6}}),
+            dict(layers="last", weights=None),
+            dict(layers="*add_0", activations=dict(bits=5)),
+            dict(layers="nowhere", weights=dict(bits=2)),
+        ],
+    )
+    found = describe(model, jnp.zeros((2, 8)))
+    places = {place.path: place for place in found.places}
+    assert list(places) == [
+        *("shared/input", "shared", "relu_0", "silu_0", "add_0", "norm/output", "last/input", "last", ""),
+    ]
+    assert places["shared"].specs["weights"].bits == 6 and places["add_0"].specs["activations"].bits == 5
+    assert places["last"].specs["weights"] is None and "float" in places["last"].note
+    assert places["relu_0"].note == "no rule is for it"
+    assert places[""].note.startswith("matrix: ")
+    (problem,) = found.problems
+    assert problem.startswith("rules[3]: no layer matches 'nowhere'")
+    assert "uniform bits=6 granularity=per_channel" in str(found) and "PROBLEM: rules[3]" in str(found)
+
+
+def test_rule_that_matches_nothing_is_refused():
+    model = quantize(Everything(), weights=W4, rules=[dict(layers="shard", weights=dict(bits=2))])
+    with pytest.raises(UserError, match=r"rules\[0\]: no layer matches 'shard' \(did you mean 'shared'"):
+        model.init(jax.random.key(0), jnp.zeros((2, 8)))
+
+
+def test_parameters_keep_their_names_and_values():
+    x = jnp.ones((2, 8))
+    plain = Everything().init(jax.random.key(0), x)["params"]
+    model = quantize(Everything(), weights=W4, activations=A8)
+    variables = model.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], plain)
+    assert jax.tree.structure(variables["params"]) == jax.tree.structure(plain)
+
+
+def test_float_policy_computes_what_the_model_does():
+    x = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    variables = Everything().init(jax.random.key(0), x)
+    y = quantize(Everything()).apply({"params": variables["params"]}, x)
+    np.testing.assert_allclose(y, Everything().apply({"params": variables["params"]}, x), rtol=1e-6)
+
+
+def test_what_the_model_stores_are_plain_arrays():
+    model, x = quantize(Everything(), weights=W4, activations=A8), jnp.ones((2, 8))
+    variables = ready(model, x)
+    _, state = model.apply(variables, x, mutable=["intermediates"], capture_intermediates=True)
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    assert leaves and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def test_layer_behind_operations_that_move_values_multiplies_codes():
+    """The grid of a quantized function reaches the next layer, which has no quantizer of its own then."""
+
+    class Moving(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3))(x))
+            x = jnp.pad(nn.max_pool(x, (2, 2), (2, 2)), ((0, 0), (1, 1), (0, 0), (0, 0)))
+            x = jnp.concatenate([x, x[:, ::-1]], axis=-1).swapaxes(1, 2).reshape(len(x), -1)
+            return nn.Dense(3)(x)
+
+    model = quantize(
+        Moving(), weights=W4, activations=A8, rules=[dict(layers="relu_0", activations=dict(bits=3))]
+    )
+    x = IMAGES[:, :8, :8]
+    variables = ready(model, x)
+    costs = {cost.path: cost for cost in layer_costs(model, variables, x[:1])}
+    assert costs["Dense_0"].input_bits == 3 and costs["Dense_0"].accumulation is not None
+    assert "activations" not in variables["quantizer_params"]["Dense_0"].get("input", {})
+
+
+def test_sign_of_inputs_is_known():
+    """Behind a ReLU no code is spent on negative numbers."""
+
+    class Signs(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8)(x)
+            x = nn.Dense(8)(nn.relu(x) * 2 + 1)
+            return nn.Dense(8)(nn.sigmoid(x) - 1)
+
+    model = quantize(Signs(), weights=W4, activations=A8)
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    costs = {cost.path: cost for cost in layer_costs(model, ready(model, x), x[:1])}
+    signs = [costs[f"Dense_{i}"].accumulation.input_signed for i in range(3)]
+    assert signs == [True, False, True]
+
+
+@pytest.mark.parametrize("transformed", [nn.remat, nn.jit], ids=["remat", "jit"])
+def test_lifted_modules(transformed):
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.Dense(8)(x))
+
+    class Outer(nn.Module):
+        inner: type
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(self.inner(name="inner")(x))
+
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    logits, params = [], None
+    for inner in (Inner, transformed(Inner)):
+        model = quantize(Outer(inner), weights=W4, activations=dict(kind="uniform", bits=8, signed=True))
+        variables = ready(model, x)
+        params = params or variables["params"]
+        variables = calibrate(model, {**variables, "params": params}, [x])
+        logits.append(model.apply(variables, x))
+        gradient = jax.grad(lambda v, model=model: jnp.sum(model.apply(v, x) ** 2), allow_int=True)(variables)
+        assert np.abs(gradient["params"]["inner"]["Dense_0"]["kernel"]).max() > 0
+    np.testing.assert_allclose(*logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(weights=AccumulatorAware(bits=4, accumulator_bits=14), activations=Uniform(bits=4)),
+        dict(weights=W4, activations=A8, biases=IntegerBias(bits=32)),
+        dict(weights=MixedPrecision(bits=4), activations=MixedPrecision(bits=6)),
+        dict(
+            weights=Minifloat(exponent_bits=4, mantissa_bits=3),
+            activations=Minifloat(exponent_bits=4, mantissa_bits=3),
+            outputs=Minifloat(exponent_bits=4, mantissa_bits=3),
+        ),
+    ],
+    ids=["a2q+", "integer biases", "learned widths", "minifloat"],
+)
+def test_quantizers_of_all_kinds(fields, tmp_path):
+    model = quantize(PlainCNN(), **fields)
+    variables = ready(model, IMAGES)
+    if isinstance(fields["weights"], MixedPrecision):
+        variables = freeze_widths(variables)
+    file = tmp_path / "net.packed"
+    export(model.apply, variables, (32, 32, 3), file, format="packed", low=-3.0, high=3.0)
+    report = verify(file)
+    assert report.ok
+    if isinstance(fields["weights"], AccumulatorAware):
+        assert [layer.promised for layer in report.layers] == [14] * 4
+        assert all(layer.needed <= 14 for layer in report.layers)
+
+
+@pytest.mark.parametrize(
+    ("network", "recipe"),
+    [
+        (MobileNet, ("ranges", "norm_reestimation", "gptq")),
+        (PlainCNN, ("equalization", "ranges", "bias_correction", "brecq")),
+        (PlainCNN, ("ranges", "adaround")),
+    ],
+)
+def test_post_training_quantization(network, recipe):
+    """Every method works on models of plain Flax as on those of qflax's layers."""
+    model = quantize(network(), weights=W4, activations=dict(kind="uniform", bits=8, scale="static"))
+    reference = quantize(network())
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    weights = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+    networks = Networks(
+        model=model,
+        reference=reference,
+        immediate=model,
+        immediate_reference=reference,
+        variables=variables,
+        reference_variables=weights,
+    )
+    networks = apply_recipe(
+        networks,
+        recipe,
+        [IMAGES, IMAGES[::-1]],
+        Settings(over="batches", damping=0.01, reconstruction=Reconstruction(iterations=2, batch_size=2)),
+    )
+    logits, expected = model.apply(networks.variables, IMAGES), reference.apply(weights, IMAGES)
+    assert np.abs(logits - expected).mean() < np.abs(expected).mean()
