@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 import opt_einsum
 
-from qflax.errors import UserError
 from qflax.layers.product import Product
 
 
@@ -21,11 +20,7 @@ class Dense(Product, nn.Dense):
 
 
 class DenseGeneral(Product, nn.DenseGeneral):
-    """`flax.linen.DenseGeneral` with its kernel [*in, *features] on a quantizer's grid.
-
-    Raises:
-      UserError: `batch_dims`, of which each would have a kernel of its own.
-    """
+    """`flax.linen.DenseGeneral`, but for `batch_dims`, with its kernel [*in, *features] on a grid."""
 
     layer, kind = nn.DenseGeneral, "dense"
 
@@ -35,8 +30,6 @@ class DenseGeneral(Product, nn.DenseGeneral):
 
     @nn.nowrap
     def _kernel_shape(self, x):
-        if self.batch_dims:
-            raise UserError(f"{'/'.join(self.path)}: batch_dims cannot be quantized; leave it float")
         return (*(x.shape[axis] for axis in self._axes(x)), *self._features)
 
     @nn.nowrap
@@ -90,11 +83,6 @@ class Einsum(Product, nn.Einsum):
     @nn.nowrap
     def _labels(self, x) -> tuple[str, str]:
         """Of the kernel, and of the result."""
-        if self.einsum_str is None:
-            raise UserError(
-                f"{'/'.join(self.path)}: an equation that is given at the call cannot be quantized; give it "
-                "to the layer, or leave it float"
-            )
         kernel = jnp.empty(self.shape)
         operands, result, _ = opt_einsum.parser.parse_einsum_input((self.einsum_str, x, kernel))
         return operands.split(",")[1], result

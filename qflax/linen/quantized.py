@@ -189,7 +189,9 @@ class _Places:
             note = note or ("float, by default or by a rule" if by_default else "no rule is for it")
         self.found.append(description.Place(path=path, what=what, specs=specs, note=note))
 
-    def _product(self, product: nn.Module, inputs, *rest, **more) -> jax.Array | QuantizedArray:
+    def _product(self, product: nn.Module, inputs, einsum_str=None) -> jax.Array | QuantizedArray:
+        if einsum_str is not None:  # What Flax's Einsum may be given at the call.
+            product = product.clone(einsum_str=einsum_str, parent=product.scope)
         path, on_grid = product.scope.path, isinstance(payload_of(inputs), QuantizedArray)
         self._find(
             (*path, "input"), "input", ["activations"], note="lies on a grid already" if on_grid else ""
@@ -202,7 +204,7 @@ class _Places:
             product = self._once(
                 (scope.path, signed), lambda: product.clone(signed_input=signed, parent=scope)
             )
-        return product(payload_of(inputs), *rest, **more)
+        return product(payload_of(inputs))
 
     def _norm(self, module: nn.Module, *args, **kwargs) -> jax.Array | QuantizedArray:
         norm = self._once((module.scope.path, "norm"), lambda: norm_of(module))

@@ -16,8 +16,11 @@ NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm)
 def product_of(module: nn.Module, quantization: Quantization) -> nn.Module | None:
     """The layer of qflax that computes what `module` does, with its parameters; None where there is none.
 
-    Subclasses of Flax's layers that compute in their own way have none.
+    Subclasses of Flax's layers that compute in their own way have none, nor has what has a kernel for each
+    of several batch axes.
     """
+    if getattr(module, "batch_dims", ()):
+        return None
     for theirs, ours in PRODUCTS.items():
         if _computes_as(module, theirs) and not hasattr(module, "is_plain"):
             return _bound(ours, theirs, module, quantization=quantization, quantize_input=True)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qflax.errors import UserError
 from qflax.layers import Conv, ConvTranspose, Dense, DenseGeneral, Einsum, layer_costs
 from qflax.quantizers import IntegerBias, Quantization, Uniform, calibrate
 
@@ -109,16 +108,6 @@ def test_bias_is_on_the_sums_grid():
     assert layer.apply(variables, x).shape == (2, 3, 2)
     (_, cost) = layer_costs(layer, variables, x)
     assert cost.bias_bits == 16 and cost.biases == 6
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [DenseGeneral(3, axis=-1, batch_dims=(0,)), Einsum((4, 3), None)],
-    ids=["batch_dims", "no equation"],
-)
-def test_what_cannot_be_quantized_is_told(layer):
-    with pytest.raises(UserError, match="leave it float"):
-        layer.init(jax.random.key(0), jnp.zeros((2, 4)))
 
 
 def test_gradients_are_those_of_flax():

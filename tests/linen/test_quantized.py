@@ -143,6 +143,21 @@ def test_sign_of_inputs_is_known():
     assert signs == [True, False, True]
 
 
+def test_equation_at_the_call_and_kernels_of_batch_axes():
+    class Unusual(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Einsum((8, 6), name="einsum")(x, "bd,de->be")
+            return nn.DenseGeneral(3, axis=-1, batch_dims=(0,), name="apart")(x)
+
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    model = quantize(Unusual(), weights=W4, activations=A8)
+    costs = {cost.path: cost for cost in layer_costs(model, ready(model, x), x)}
+    assert costs["einsum"].weight_bits == 4 and costs["einsum"].input_bits == 8
+    (alone,) = (place for place in describe(model, x).places if place.path == "apart")
+    assert alone.what == "parameters" and "kernel" in alone.note
+
+
 @pytest.mark.parametrize("transformed", [nn.remat, nn.jit], ids=["remat", "jit"])
 def test_lifted_modules(transformed):
     class Inner(nn.Module):

@@ -33,12 +33,10 @@ VECTORS = [x.reshape(-1, 24) for x in IMAGES]
 THREE_BITS = Uniform(bits=3, scale="static", granularity="per_channel")
 
 
-def normal(key, shape):
+def normal(key, shape, dtype=jnp.float32):
     """Initial kernel without JAX's random numbers, which take longest to compile."""
     del key
-    return jnp.asarray(
-        np.random.default_rng(1).normal(size=shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32
-    )
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape) / np.sqrt(np.prod(shape[:-1])), dtype)
 
 
 class Plain(nn.Module):
