@@ -146,7 +146,7 @@ class Trace(core.Trace):
 
         if not any(isinstance(x, Carried) for x in tracers):
             if self._inside and not any(isinstance(x, core.Tracer) for x in tracers):
-                with jax.ensure_compile_time_eval():  # Constants of JAX's functions stay known.
+                with core.set_current_trace(core.eval_trace):  # Constants of JAX's functions stay known.
                     return call(*tracers)
             with core.set_current_trace(self._parent):
                 return call(*tracers)
