@@ -11,16 +11,16 @@ from qflax.verify import verify
 
 def prove(
     file: pathlib.Path,
-    answer: pathlib.Path,
+    result: pathlib.Path,
     images: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     trained: np.ndarray | None = None,
 ) -> None:
-    """Verifies a file and writes as JSON what was found.
+    """Verifies a file and adds to a row's result what was found, as `verification`.
 
     Args:
       file: packed.
-      answer: JSON file to write.
+      result: JSON file.
       images, labels: see `verify`.
       trained: class that the trained network finds for each image.
     """
@@ -39,4 +39,7 @@ def prove(
         "images": report.examples,
         "same_class": int(np.sum(np.equal(report.classes, trained))) if report.examples else 0,
     }
-    write_atomically(answer, json.dumps(found, indent=1) + "\n")
+    fields = {**json.loads(result.read_text()), "verification": found}
+    write_atomically(result, json.dumps(fields, indent=1) + "\n")
+    verdict = "verified" if report.ok else f"NOT verified: {report.failures}"
+    print(f"{result.stem}: {verdict}", flush=True)

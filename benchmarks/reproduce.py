@@ -202,11 +202,11 @@ class _Proof(contextlib.AbstractContextManager):
 
         self._result = result
         function, variables, shape, about = serving(result.workdir)
-        file, self._answer = result.workdir / _FILE, result.workdir / "proof.json"
-        for left in (file, self._answer):
-            left.unlink(missing_ok=True)
+        file = result.workdir / _FILE
+        file.unlink(missing_ok=True)
         export(function, variables, shape, file, format="packed", metadata=about)
         result.fields["file_bytes"] = file.stat().st_size
+        result.save()
         data = ()
         if (dataset := result.config.dataset) != "imagenet2012":  # Which is not held in memory.
             test = load(dataset, "test", data_dir=result.config.data_dir or None)
@@ -214,21 +214,16 @@ class _Proof(contextlib.AbstractContextManager):
             parts = [test.images[i : i + size] for i in range(0, test.num_examples, size)]
             classes = [np.asarray(serve(variables, part.astype(np.float32)).argmax(-1)) for part in parts]
             data = test.images, test.labels, np.concatenate(classes)
-        arguments = (file, self._answer, *data)
+        arguments = (file, result.file, *data)
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(target=prove, args=arguments, daemon=True)
         self._process.start()
 
     def join(self) -> None:
-        """Waits for it, and adds to the file what was found."""
+        """Waits for it; it has added to the row's file what was found."""
         self._process.join()
-        result = self._result
-        file = result.workdir / _FILE
-        require(self._answer.exists(), f"{file}: could not be verified; try qflax verify {file}")
-        result.fields["verification"] = verification = json.loads(self._answer.read_text())
-        result.save()
-        verdict = "verified" if verification["ok"] else f"NOT verified: {verification['failures']}"
-        print(f"{result.name}: {verdict}", flush=True)
+        file = self._result.workdir / _FILE
+        require(self._process.exitcode == 0, f"{file}: could not be verified; try qflax verify {file}")
 
     def __exit__(self, *exception) -> None:
         self._process.terminate()
