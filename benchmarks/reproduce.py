@@ -9,8 +9,9 @@ which shares no code with what wrote it, in a process beside the next row's trai
 `results/TABLE-ROW-seedN.json`; `python -m benchmarks.results` makes the tables of the README of these.
 
 The same command goes on where it was stopped, by its own `--minutes`, SIGTERM or Ctrl-C. A row that is there
-is not made again, unless its configuration has changed since or its schedule was a shorter one. `--scale=0.1`
-shortens all schedules to a tenth, to no less than one epoch.
+is not made again, unless its schedule was a shorter one or its configuration has changed since; the latter
+takes another `--workdir`, if the old run is there still. `--scale=0.1` shortens all schedules to a tenth,
+to no less than one epoch.
 """
 
 import argparse
@@ -148,7 +149,11 @@ class _Result:
             from qflax.training import train
 
             train(self.config, self.workdir)
-        elif not self.is_made():
+        elif self.is_made():
+            from qflax import config as config_lib
+
+            config_lib.check_unchanged(self.config, self.workdir)
+        else:
             from qflax.training.post_training import quantize
 
             unfinished = self.workdir.with_name(f".{self.workdir.name}")

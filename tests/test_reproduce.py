@@ -72,6 +72,8 @@ def test_rows_are_made_and_proven_once(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert not reproduce._Result(options(*command, "--config.ptq.strength=0.5"), *row("int8_ptq")).is_there()
     assert "ptq.strength was 0.01, is 0.5" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"int8_ptq-seed0: holds a run of another configuration"):
+        reproduce.reproduce(options("--rows", "int8_ptq", *folders, *SMALL, "--config.ptq.strength=0.5"))
     with pytest.raises(UserError, match=r"longer than --scale=0\.5; choose another --results"):
         reproduce.reproduce(options(*command, "--scale=0.5"))
 

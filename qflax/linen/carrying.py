@@ -8,6 +8,7 @@ tracers of one's own: this module alone knows how they are made.
 
 import contextlib
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
@@ -35,6 +36,7 @@ _KEEPING_SIGN = (
 _NONNEGATIVE = ("exp", "abs", "logistic", "square")
 _MOVING = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "broadcast_in_dim", "copy")
 _LARGEST = ("reduce_max", "reduce_window_max")
+_JAX = os.path.dirname(jax.__file__) + os.sep
 _TAKES_AVAL = "aval" in inspect.signature(core.Tracer.__init__).parameters
 
 
@@ -134,8 +136,8 @@ class Trace(core.Trace):
 
     def process_primitive(self, primitive, tracers, params, /):
         """See `jax.core.Trace`."""
-        name = params["name"] if primitive.name in ("jit", "pjit") else primitive.name
-        inner = params.get("jaxpr") if name != primitive.name else None
+        inner = params["jaxpr"] if primitive.name in ("jit", "pjit") else None
+        name = primitive.name if inner is None else _name_in_jax(inner.jaxpr.debug_info)
 
         def call(*values):
             return primitive.bind(*values, **params)
@@ -180,7 +182,7 @@ class Trace(core.Trace):
 
     def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
         """See `jax.core.Trace`."""
-        name = fun.debug_info.func_name.rpartition(".")[2] if fun.debug_info else ""
+        name = _name_in_jax(fun.debug_info)
 
         def call(*values):
             return self._parent.process_custom_jvp_call(
@@ -203,6 +205,12 @@ class Trace(core.Trace):
 def _known(x: typing.Any) -> bool:
     """Whether more is known of it than its values."""
     return isinstance(x, Carried) and (x.nonnegative or isinstance(x.payload, QuantizedArray))
+
+
+def _name_in_jax(function: core.DebugInfo | None) -> str:
+    """Name of a function of JAX's; "" of any other, which may have the same name and do something else."""
+    file = getattr(function, "func_filename", None) or ""
+    return function.func_name.rpartition(".")[2] if file.startswith(_JAX) else ""
 
 
 def _in_function_of_jax() -> bool:

@@ -143,6 +143,30 @@ def test_sign_of_inputs_is_known():
     assert signs == [True, False, True]
 
 
+def test_function_of_the_users_own_with_a_name_of_jax():
+    """Is not taken for the one of JAX: its results may be negative, and it is no activation function."""
+
+    @jax.jit
+    def relu(x):
+        return x - 1
+
+    @jax.custom_jvp
+    def exp(x):
+        return x - 1
+
+    exp.defjvp(lambda x, tangent: (x[0] - 1, tangent[0]))
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(exp(nn.Dense(8)(relu(nn.relu(x)))))
+
+    model, x = quantize(Own(), weights=W4, activations=A8), jax.random.normal(jax.random.key(0), (4, 8))
+    costs = {cost.path: cost for cost in layer_costs(model, ready(model, x), x[:1])}
+    assert all(costs[f"Dense_{i}"].accumulation.input_signed for i in range(2))
+    assert sum("relu" in place.path for place in describe(model, x).places) == 1
+
+
 def test_equation_at_the_call_and_kernels_of_batch_axes():
     class Unusual(nn.Module):
         @nn.compact
