@@ -66,7 +66,10 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     # Network.
-    config.model = "resnet20"  # resnet8, 20, 32, 44, 56, 110 (16 to 64 channels), 18, 34, 50 (64 to 512).
+    # resnet8, 20, 32, 44, 56, 110 (16 to 64 channels), 18, 34, 50 (64 to 512). Or MODULE:NAME of a Flax
+    # network of your own: NAME(num_classes=...) makes it, and it is called with images and train=True or
+    # False. The next six fields are of the ResNets alone.
+    config.model = "resnet20"
     config.stem = "3x3"  # 3x3 for small images, 7x7 with stride 2 and a max pool for those of ImageNet.
     config.shortcut = "A"  # Where the shape changes: A pads with zeros, B is a 1x1 convolution.
     # signed: as in the paper. unsigned: both operands of an addition pass one activation layer before it, so

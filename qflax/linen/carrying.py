@@ -261,7 +261,7 @@ def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict
     if name == "reduce_sum" and has_codes(x):
         total = bind(x.unscaled)
         return mean_of_codes(x, total, x.unscaled.size // total.size, 1)
-    if name == "div" and has_codes(x) and _is_nonnegative(arrays[1]) and np.any(arrays[1]):
+    if name == "div" and has_codes(x) and _is_nonnegative(arrays[1]) and np.any(np.asarray(arrays[1])):
         return mean_of_codes(x, x.unscaled, 1, float(arrays[1]))
     if name == "pad" and not isinstance(arrays[1], core.Tracer) and np.all(np.asarray(arrays[1]) == 0):
         return x.replace(value=bind(x.value, arrays[1]), unscaled=bind(x.unscaled, arrays[1]))

@@ -8,15 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.core import Scope
+from flax.errors import ScopeCollectionNotFound
 from flax.traverse_util import flatten_dict
 
+from qflax.errors import UserError
 from qflax.layers import Activation, Quantize
 from qflax.linen import description
 from qflax.linen.carrying import NONNEGATIVE_FUNCTIONS, Carried, Trace, carrying
-from qflax.linen.replacement import NORMS, norm_of, product_of
+from qflax.linen.replacement import NORMS, computes_as, norm_of, product_of
+from qflax.numerics import product
 from qflax.quantizers import (
     FLOAT,
+    PARAMETERS,
     ROLES,
+    STATISTICS,
     Quantization,
     QuantizedArray,
     Rule,
@@ -42,9 +49,9 @@ def quantize(
 
     Every `nn.Conv`, `nn.ConvTranspose`, `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum` in it gets quantizers
     of its kernel and of its input, unless the input lies on a grid already. Rules on paths change them, and
-    quantize other places: `LAYER/input`; the outputs of norms (`NORM/output`), of activation functions
-    (`MODULE/relu_0`, in the order of their calls) and of additions of two arrays (`MODULE/add_0`), as their
-    `activations`. `describe` lists them all.
+    quantize other places: `LAYER/input`; the model's own `input`; the outputs of norms (`NORM/output`), of
+    activation functions (`MODULE/relu_0`, in the order of their calls) and of additions of two arrays
+    (`MODULE/add_0`), as their `activations`. `describe` lists them all.
 
     Args:
       model: a module of plain Flax; it gets its input first.
@@ -64,8 +71,13 @@ def quantize(
     fields["rules"] = [
         {"layers": rule.layers, **rule.overrides} if isinstance(rule, Rule) else rule for rule in rules
     ]
+    return of_policy(model, quantization_from_config(fields, axis_name))
+
+
+def of_policy(model: nn.Module, quantization: Quantization, **attributes) -> "Quantized":
+    """See `quantize`; `attributes` are more of `Quantized`."""
     # The name is only of the scope of its operations: exports leave those with a dot out of paths.
-    return Quantized(model, quantization_from_config(fields, axis_name), name="qflax.Quantized")
+    return Quantized(model, quantization, name="qflax.Quantized", **attributes)
 
 
 def _fields(spec: Spec | Mapping | None) -> Mapping | None:
@@ -82,8 +94,12 @@ def describe(model: "Quantized", *args, **kwargs) -> description.Description:
     Raises:
       UserError: a layer cannot be quantized as it shall be.
     """
-    with description.collecting() as places:
+    with description.collecting() as found:
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kwargs))
+    places = []
+    for place in found:  # A module that is called again, or traced again, is one.
+        if place not in places:
+            places.append(place)
     known = {place.path for place in places}
     for path, names in _parameters(variables.get("params", {})).items():
         if path not in known and f"{path}/output" not in known:
@@ -106,20 +122,31 @@ class Quantized(nn.Module):
     Attributes:
       model: of plain Flax.
       quantization: the policy.
+      axis_name: mapped axis that shares a batch, for the statistics of batch norms that name none.
+      batch_norm_momentum: of all batch norms, instead of their own.
     """
 
     model: nn.Module
     quantization: Quantization = FLOAT
+    axis_name: str | None = None
+    batch_norm_momentum: float | None = None
 
     def setup(self):
         """Shares the model's scope, so that its variables keep their paths."""
         nn.share_scope(self, self.model)
+        object.__setattr__(self.model, "name", "qflax.model")  # As above; Flax has named it after the field.
 
-    def __call__(self, *args, **kwargs) -> typing.Any:
+    def __call__(self, x: jax.Array, *args, **kwargs) -> typing.Any:
         """Calls the model."""
-        places = functools.partial(_Places, self.quantization)
+        of_norms = {"axis_name": self.axis_name, "momentum": self.batch_norm_momentum}
+        of_norms = {name: value for name, value in of_norms.items() if value is not None}
+        places = functools.partial(_Places, self.quantization, of_norms)
         with carrying(places) as (trace, places), nn.intercept_methods(places.intercept):
-            result = self.model(*trace.carried(args), **trace.carried(kwargs))
+            x = places.input(self.scope, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            try:
+                result = self.model(*trace.carried((x, *args)), **trace.carried(kwargs))
+            except ScopeCollectionNotFound as error:
+                raise _told_of(error, {} if self.is_initializing() else self.variables) from None
         if not description.tell(places.found) and self.is_initializing():
             description.check(self.quantization, places.found)
         for collection, variables in self.variables.items():
@@ -134,6 +161,42 @@ def _plain(tree: typing.Any) -> typing.Any:
     return jax.tree.map(value_of, tree, is_leaf=lambda x: isinstance(x, Carried))
 
 
+def _told_of(error: ScopeCollectionNotFound, variables: Mapping) -> Exception:
+    """An error that says what to do where it is a quantizer that misses its variables; there are none yet
+    while they are made.
+    """
+    name = next((name for name in (PARAMETERS, STATISTICS) if f'"{name}"' in str(error)), None)
+    if name is None:
+        return error
+    if variables and not variables.get(name):
+        return UserError(
+            f"no {name} given; apply the model with all variables that its init or calibrate made"
+        )
+    return UserError(
+        f"the model has a layer in a lifted transformation (nn.scan, nn.vmap) that passes no {name} on; give "
+        "it variable_axes={True: 0}, which is every collection, not only {'params': 0}"
+    )
+
+
+def _on_grid(x: typing.Any = None, *others) -> bool:
+    """Whether the first argument lies on a grid."""
+    del others
+    return isinstance(payload_of(x), QuantizedArray)
+
+
+def _drop_out(module: nn.Dropout, call: Callable, inputs: jax.Array, *args, **kwargs):
+    """What Flax's dropout gives, on the grid of its input behind a larger scale: evaluation, which drops
+    nothing, finds a grid there, too.
+    """
+    x = payload_of(inputs)
+    ones = jnp.ones_like(x.value)
+    dropped = call(ones, *args, **kwargs)
+    if dropped is ones:
+        return x
+    unscaled, scale = jnp.where(dropped > 0, x.unscaled, 0.0), x.scale / (1 - module.rate)
+    return x.replace(value=product(unscaled, jax.lax.stop_gradient(scale)), unscaled=unscaled, scale=scale)
+
+
 class _Places:
     """What is done at each place of a model during one call of it.
 
@@ -141,9 +204,9 @@ class _Places:
       found: the places, in the order in which they came.
     """
 
-    def __init__(self, quantization: Quantization, trace: Trace):
+    def __init__(self, quantization: Quantization, of_norms: Mapping, trace: Trace):
         self.found = []
-        self._quantization, self._trace = quantization, trace
+        self._quantization, self._of_norms, self._trace = quantization, of_norms, trace
         self._modules, self._made, self._inside = [], {}, False
 
     def intercept(self, next_call, args, kwargs, context):
@@ -152,23 +215,28 @@ class _Places:
         if self._inside or module.scope is None:
             return next_call(*args, **kwargs)
         if context.method_name == "__call__":
-            path = module.scope.path
-            product = self._once((path,), lambda: product_of(module, self._quantization))
-            if product is not None:
-                return self._apart(self._product, product, *args, **kwargs)
+            layer = self._once(module.scope, "layer", lambda: product_of(module, self._quantization))
+            if layer is not None:
+                return self._apart(self._product, layer, *args, **kwargs)
             if isinstance(module, NORMS):
                 return self._apart(self._norm, module, *args, **kwargs)
+            if computes_as(module, nn.Dropout) and module.rate < 1 and _on_grid(*args):
+                return self._apart(_drop_out, module, next_call, *args, **kwargs)
         self._modules.append((module.scope, collections.Counter()))
         try:
             return next_call(*args, **kwargs)
         finally:
             self._modules.pop()
 
-    def _once(self, key: tuple, make: Callable) -> typing.Any:
-        """What was made for a key when it came first: a module that is called again is the same one."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _once(self, scope: Scope, name: str, make: Callable) -> typing.Any:
+        """What was made in a scope when it came first: a module that is called again is the same one.
+
+        Lifted transformations may call it in several scopes of one path, each in a trace of its own.
+        """
+        _, made = self._made.setdefault(id(scope), (scope, {}))  # The scope stays, and so does its id.
+        if name not in made:
+            made[name] = make()
+        return made[name]
 
     def _apart(self, function: Callable, *args, **kwargs) -> typing.Any:
         """What qflax's own modules make, inside of which there are no places."""
@@ -189,29 +257,34 @@ class _Places:
             note = note or ("float, by default or by a rule" if by_default else "no rule is for it")
         self.found.append(description.Place(path=path, what=what, specs=specs, note=note))
 
-    def _product(self, product: nn.Module, inputs, einsum_str=None) -> jax.Array | QuantizedArray:
+    def _product(self, layer: nn.Module, inputs, einsum_str=None) -> jax.Array | QuantizedArray:
         if einsum_str is not None:  # What Flax's Einsum may be given at the call.
-            product = product.clone(einsum_str=einsum_str, parent=product.scope)
-        path, on_grid = product.scope.path, isinstance(payload_of(inputs), QuantizedArray)
+            layer = layer.clone(einsum_str=einsum_str, parent=layer.scope)
+        path, on_grid = layer.scope.path, _on_grid(inputs)
         self._find(
             (*path, "input"), "input", ["activations"], note="lies on a grid already" if on_grid else ""
         )
-        roles = ["weights", "outputs", *(["biases"] if product.use_bias else [])]
-        self._find(path, type(product).__name__, roles)
+        roles = ["weights", "outputs", *(["biases"] if layer.use_bias else [])]
+        self._find(path, type(layer).__name__, roles)
         signed = not getattr(inputs, "nonnegative", False)
-        if signed != product.signed_input:
-            scope = product.scope
-            product = self._once(
-                (scope.path, signed), lambda: product.clone(signed_input=signed, parent=scope)
-            )
-        return product(payload_of(inputs))
+        if signed != layer.signed_input:
+            scope = layer.scope
+            signs = f"signed={signed}"
+            layer = self._once(scope, signs, lambda: layer.clone(signed_input=signed, parent=scope))
+        return layer(payload_of(inputs))
 
     def _norm(self, module: nn.Module, *args, **kwargs) -> jax.Array | QuantizedArray:
-        norm = self._once((module.scope.path, "norm"), lambda: norm_of(module))
+        norm = self._once(module.scope, "norm", lambda: norm_of(module, self._of_norms))
         args, kwargs = _plain((args, kwargs))
         y, scope = norm(*args, **kwargs), module.scope.push("output", reuse=True)
         self._find(scope.path, type(module).__name__, ["activations"], by_default=False)
         return Quantize(quantization=self._quantization, parent=scope)(y)
+
+    def input(self, scope: Scope, x: jax.Array) -> jax.Array | QuantizedArray:
+        """What the model gets: its input, quantized where a rule says so."""
+        place = scope.push("input", reuse=True)
+        self._find(place.path, "model input", ["activations"], by_default=False)
+        return self._apart(Quantize(quantization=self._quantization, parent=place), x)
 
     def function(
         self, name: str, call: Callable, x: jax.Array | QuantizedArray

@@ -1,7 +1,7 @@
 """Layers of qflax in the place of Flax's."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 
@@ -22,7 +22,7 @@ def product_of(module: nn.Module, quantization: Quantization) -> nn.Module | Non
     if getattr(module, "batch_dims", ()):
         return None
     for theirs, ours in PRODUCTS.items():
-        if _computes_as(module, theirs) and not hasattr(module, "is_plain"):
+        if computes_as(module, theirs) and not hasattr(module, "is_plain"):
             return _bound(ours, theirs, module, quantization=quantization, quantize_input=True)
     return None
 
@@ -33,12 +33,22 @@ def is_stood_in_for(module: nn.Module, inputs: Sequence) -> bool:
     return carried and isinstance(module, (*PRODUCTS, *NORMS)) and type(module) not in PRODUCTS.values()
 
 
-def norm_of(module: nn.Module) -> nn.Module:
-    """The norm that computes what `module` does, with its parameters; of batch norm the one of qflax."""
-    return _bound(BatchNorm, nn.BatchNorm, module) if _computes_as(module, nn.BatchNorm) else module
+def norm_of(module: nn.Module, changes: Mapping) -> nn.Module:
+    """The norm that computes what `module` does, with its parameters; of batch norm the one of qflax.
+
+    Args:
+      module: a norm.
+      changes: attributes that a batch norm shall have; an axis that it names itself stays.
+    """
+    if not computes_as(module, nn.BatchNorm):
+        return module
+    if module.axis_name is not None:
+        changes = {**changes, "axis_name": module.axis_name}
+    return _bound(BatchNorm, nn.BatchNorm, module, **changes)
 
 
-def _computes_as(module: nn.Module, theirs: type[nn.Module]) -> bool:
+def computes_as(module: nn.Module, theirs: type[nn.Module]) -> bool:
+    """Whether the module is of that class, and its subclass computes nothing of its own."""
     return isinstance(module, theirs) and type(module).__call__ is theirs.__call__
 
 
@@ -49,8 +59,7 @@ def _bound(ours: type[nn.Module], theirs: type[nn.Module], module: nn.Module, **
     """
     fields = [f.name for f in dataclasses.fields(theirs) if f.init and f.name not in ("parent", "name")]
     return ours(
-        **{name: getattr(module, name) for name in fields},
-        **more,
+        **{name: getattr(module, name) for name in fields} | more,
         parent=module.scope,
         name=f"qflax.{ours.__name__}",
     )

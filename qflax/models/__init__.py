@@ -1,5 +1,6 @@
-"""ResNets built of injected layers, and their weights from other frameworks."""
+"""ResNets built of injected layers, their weights from other frameworks, and networks of the user's own."""
 
+from qflax.models.own import build_own_model, is_own
 from qflax.models.registry import MODELS, build_model
 from qflax.models.resnet import BasicBlock, Bottleneck, ResNet
 from qflax.models.state_dict import STATE_DICTS, read_state_dict
@@ -12,6 +13,8 @@ __all__ = [
     "Bottleneck",
     "ResNet",
     "build_model",
+    "build_own_model",
     "from_torchvision",
+    "is_own",
     "read_state_dict",
 ]

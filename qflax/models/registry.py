@@ -74,7 +74,7 @@ def build_model(
     Raises:
       UserError: unknown name or choice.
     """
-    choose("model", name, MODELS)
+    choose("model", name, (*MODELS, "MODULE:NAME of a Flax network of your own"))
     choose("stem", stem, STEMS)
     choose("shortcut", shortcut, SHORTCUTS)
     choose("residual", residual, RESIDUALS)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from qflax.quantizers import apply_without_dropout
+
 _STATISTICS = "batch_stats"
 _SMALLEST = 1e-12  # A channel without variance in the float network keeps the one that it has.
 
@@ -52,7 +54,9 @@ def _mean_statistics(model: nn.Module, variables: Mapping, batches: Iterable[jax
 
     @jax.jit
     def statistics_of(variables, batch):
-        return model.apply(variables, batch, train=True, mutable=[_STATISTICS])[1][_STATISTICS]
+        return apply_without_dropout(model, variables, batch, train=True, mutable=[_STATISTICS])[1][
+            _STATISTICS
+        ]
 
     total, count = None, 0
     for batch in batches:

@@ -2,7 +2,7 @@
 
 from qflax.quantizers.accumulator_aware import AccumulatorAware, project_weights, set_accumulator_bits
 from qflax.quantizers.base import Quantizer
-from qflax.quantizers.calibration import CALIBRATIONS, calibrate
+from qflax.quantizers.calibration import CALIBRATIONS, apply_without_dropout, calibrate
 from qflax.quantizers.collections import BUDGETS, CALIBRATION, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
 from qflax.quantizers.constraints import constrain, limit_gradients
 from qflax.quantizers.integer_bias import IntegerBias
@@ -43,6 +43,7 @@ __all__ = [
     "Truncation",
     "Uniform",
     "bits_of",
+    "apply_without_dropout",
     "calibrate",
     "constrain",
     "freeze_widths",

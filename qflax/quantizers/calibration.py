@@ -1,6 +1,7 @@
 """Calibration: ranges of all quantizers of a model from batches of real data."""
 
 import itertools
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
@@ -38,7 +39,8 @@ def calibrate(
     |         |                                                             | percentile: 3        |
 
     A quantizer that the model calls several times sees the inputs of all its calls, each as one of a batch.
-    Batch norm's statistics and the weights are left as they are; earlier calibrations are forgotten.
+    Batch norm's statistics and the weights are left as they are; earlier calibrations are forgotten. Nothing
+    drops out, see `apply_without_dropout`.
 
     Args:
       model: a module built of qflax layers, without an axis of devices.
@@ -70,12 +72,14 @@ def calibrate(
 
     @jax.jit
     def observe(variables, own, batch):
-        _, state = model.apply({**variables, **own}, batch, mutable=mutable, **call_arguments)
+        everything = {**variables, **own}
+        _, state = apply_without_dropout(model, everything, batch, mutable=mutable, **call_arguments)
         return {name: state.get(name, {}) for name in own}
 
     @jax.jit
     def calls_of(variables, batch):
-        _, state = model.apply(variables, batch, mutable=[*mutable, OBSERVED], **call_arguments)
+        observing = [*mutable, OBSERVED]
+        _, state = apply_without_dropout(model, variables, batch, mutable=observing, **call_arguments)
         return flatten_dict(state.get(OBSERVED, {}))
 
     given = {}
@@ -87,6 +91,21 @@ def calibrate(
     for batch in batches:
         own = observe({**variables, GIVEN: given}, own, batch)
     return {**variables, **own}
+
+
+def apply_without_dropout(model: nn.Module, variables: Mapping, *args, **kwargs) -> typing.Any:
+    """`model.apply` for statistics that evaluation shall meet: with `train=True`, too, no `nn.Dropout` drops
+    anything. What else draws from `dropout` (an attention's weights) draws the same each time.
+    """
+    rngs = {"dropout": jax.random.key(0), **(kwargs.pop("rngs", None) or {})}
+    with nn.intercept_methods(_drop_nothing):
+        return model.apply(variables, *args, rngs=rngs, **kwargs)
+
+
+def _drop_nothing(next_call, args, kwargs, context):
+    if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+        return args[0] if args else kwargs["inputs"]
+    return next_call(*args, **kwargs)
 
 
 def _counts(path: tuple, roles: Sequence[str]) -> bool:

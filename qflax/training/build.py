@@ -15,13 +15,13 @@ from qflax.data import Crop, DataFormat, data_format
 from qflax.data.augment import Augmentation
 from qflax.errors import require
 from qflax.layers import LayerCost, layer_costs
-from qflax.models import build_model
+from qflax.models import build_model, build_own_model, is_own
 from qflax.quantizers import FLOAT, STATISTICS, Quantization, quantization_from_config
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
 from qflax.training.parallel import AXIS, Devices
 from qflax.training.penalties import Penalties
 from qflax.training.schedules import relative_learning_rate
-from qflax.training.state import TrainState, create_state, initial_variables
+from qflax.training.state import OBSERVED, TRAINED, TrainState, create_state, initial_variables
 from qflax.training.step import TrainStep
 
 MOST_EXAMPLES = 2**31 - 1  # Positions in the training stream are int32.
@@ -54,37 +54,43 @@ def model(
     *,
     dtype: str = "float32",
     axis_name: str | None = None,
+    immediate: bool = False,
 ) -> nn.Module:
     """The network; by default the one to evaluate: in float32, on one device, quantized as the config says.
 
+    Args:
+      config: of the run.
+      policy: its quantizers; None takes those of the config.
+      dtype: dtype to compute in.
+      axis_name: mapped axis that shares a batch.
+      immediate: whether its batch norms have no memory of earlier batches.
+
     Raises:
-      UserError: an impossible spec.
+      UserError: an impossible spec, or no such network.
     """
+    same = {
+        "num_classes": image_format(config).num_classes,
+        "dtype": jnp.dtype(dtype),
+        "quantization": quantization(config, axis_name) if policy is None else policy,
+        "axis_name": axis_name,
+    }
+    if is_own(config.model):
+        return build_own_model(config.model, batch_norm_momentum=0.0 if immediate else None, **same)
     return build_model(
         config.model,
-        num_classes=image_format(config).num_classes,
         stem=config.stem,
         shortcut=config.shortcut,
         residual=config.residual,
         norm=config.norm,
-        batch_norm_momentum=config.batch_norm_momentum,
+        batch_norm_momentum=0.0 if immediate else config.batch_norm_momentum,
         batch_norm_epsilon=config.batch_norm_epsilon,
-        dtype=jnp.dtype(dtype),
-        quantization=quantization(config, axis_name) if policy is None else policy,
-        axis_name=axis_name,
+        **same,
     )
 
 
-def float_model(config: ml_collections.ConfigDict) -> nn.Module:
+def float_model(config: ml_collections.ConfigDict, *, immediate: bool = False) -> nn.Module:
     """The same network without quantizers."""
-    return model(config, FLOAT)
-
-
-def immediate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The configuration of the same network, whose norms have no memory of earlier batches."""
-    config = config.copy_and_resolve_references()
-    config.batch_norm_momentum = 0.0
-    return config
+    return model(config, FLOAT, immediate=immediate)
 
 
 def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[LayerCost, ...]:
@@ -93,8 +99,39 @@ def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tupl
     return layer_costs(model(config), variables, example, train=False)
 
 
+def check_network(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` for a network of the user's own that cannot be trained on the data set."""
+    if not is_own(config.model):
+        return
+    field, form = f"config.model={config.model!r}", image_format(config)
+    require(
+        config.norm == "batch",
+        f"config.norm={config.norm!r}: is for the ResNets of qflax; a network of your own has its own norms: "
+        "set it to 'batch'",
+    )
+    network, images = model(config), jax.ShapeDtypeStruct((2, *form.image_shape), jnp.float32)
+    variables = jax.eval_shape(lambda: initial_variables(network, form.image_shape, 0))
+    unknown = sorted(set(variables) - {*TRAINED, *OBSERVED})
+    require(
+        not unknown,
+        f"{field}: has variables in {', '.join(unknown)}, which training does not keep; it keeps "
+        f"{', '.join((*TRAINED, *OBSERVED))}",
+    )
+    logits = jax.eval_shape(functools.partial(network.apply, train=False), variables, images)
+    require(
+        isinstance(logits, jax.ShapeDtypeStruct) and logits.shape == (2, form.num_classes),
+        f"{field}: makes {_shapes_of(logits)} of images {list(images.shape)}; must make logits "
+        f"{[2, form.num_classes]}, one of each class",
+    )
+
+
+def _shapes_of(tree) -> str:
+    return " and ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(tree)) or "nothing"
+
+
 def check_rules(config: ml_collections.ConfigDict) -> dict:
-    """Raises `UserError` for a rule that matches no layer; returns abstract variables."""
+    """Raises `UserError` for a network or a rule that does not fit; returns abstract variables."""
+    check_network(config)
     variables = abstract_state(config).variables
     costs = measure_costs(config, variables)
     quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)

@@ -177,8 +177,8 @@ class Run:
         return Networks(
             model=model,
             reference=build.float_model(config),
-            immediate=build.model(build.immediate(config)),
-            immediate_reference=build.float_model(build.immediate(config)),
+            immediate=build.model(config, immediate=True),
+            immediate_reference=build.float_model(config, immediate=True),
             variables=variables,
             reference_variables=_weights(self.original),
         )

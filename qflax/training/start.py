@@ -47,9 +47,12 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Iterable[jax.
     variables, projected = set_ranges(network, original, batches, **over)
     if not projected:
         return variables
-    immediate = build.immediate(config)
     variables = reestimate_norms(
-        build.model(immediate), variables, build.float_model(immediate), original, batches
+        build.model(config, immediate=True),
+        variables,
+        build.float_model(config, immediate=True),
+        original,
+        batches,
     )
     return correct_biases(network, variables, build.float_model(config), original, batches)
 

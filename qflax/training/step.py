@@ -205,6 +205,8 @@ class TrainStep:
         )
         # The same on all devices, so that stochastically rounded weights are the same on all.
         rngs = {"quantization": jax.random.fold_in(jax.random.fold_in(key, 1), state.step)}
+        dropout = jax.random.fold_in(jax.random.fold_in(key, 2), state.step)
+        rngs["dropout"] = jax.random.fold_in(dropout, index)  # Of networks of the user's own.
         return images, labels, rngs
 
     def _apply(

@@ -82,6 +82,7 @@ def test_a_width_that_is_still_learned_is_told_of():
         lambda x: jnp.round(x) + jnp.floor(x) * jnp.sign(x) / jnp.maximum(jnp.abs(x), 1),
         lambda x: jax.nn.relu6(jnp.squeeze(x[:, :1], 1)) @ np.eye(8, 5, dtype=np.float32),
         lambda x: jnp.where(True, x, 0.0) + jnp.arange(8.0) * jnp.ones((4, 1)),
+        lambda x: jnp.einsum("bhwc,bhwd->bcd", x, 2 * x),
     ],
 )
 def test_plain_functions(function):
@@ -96,7 +97,8 @@ def test_plain_functions(function):
         (lambda x: x - jnp.mean(x, 0), "over the batch"),
         (lambda x: x.reshape(-1), "mixes the batch"),
         (lambda x: jnp.where(x > 0, x, 0.0), "gt"),
-        (lambda x: jnp.einsum("bhwc,bhwd->bcd", x, x), "kernel"),
+        (lambda x: jnp.einsum("bhwc,ahwd->abcd", x, x), "sums over the batch, or moves it"),
+        (lambda x: jax.lax.conv(x, x[:1], (1, 1), "SAME"), "slice of the batch"),
         (lambda x: jnp.ones((2, 3)), "does not depend on its input"),
         (lambda x: (x, x), "2 results"),
     ],

@@ -64,7 +64,18 @@ def test_description():
     found = describe(model, jnp.zeros((2, 8)))
     places = {place.path: place for place in found.places}
     assert list(places) == [
-        *("shared/input", "shared", "relu_0", "silu_0", "add_0", "norm/output", "last/input", "last", ""),
+        *(
+            "input",
+            "shared/input",
+            "shared",
+            "relu_0",
+            "silu_0",
+            "add_0",
+            "norm/output",
+            "last/input",
+            "last",
+            "",
+        ),
     ]
     assert places["shared"].specs["weights"].bits == 6 and places["add_0"].specs["activations"].bits == 5
     assert places["last"].specs["weights"] is None and "float" in places["last"].note
@@ -207,6 +218,76 @@ def test_lifted_modules(transformed):
         gradient = jax.grad(lambda v, model=model: jnp.sum(model.apply(v, x) ** 2), allow_int=True)(variables)
         assert np.abs(gradient["params"]["inner"]["Dense_0"]["kernel"]).max() > 0
     np.testing.assert_allclose(*logits, rtol=1e-5)
+
+
+class Repeated(nn.Module):
+    """A block behind itself, with weights of its own each time, and layers side by side."""
+
+    axes: dict
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.relu(nn.Dense(8)(x)) + x, None
+
+        lifted = dict(variable_axes=self.axes, split_rngs={"params": True})
+        x, _ = nn.scan(Block, length=3, **lifted)(name="blocks")(x, None)
+        return nn.vmap(nn.Dense, in_axes=None, axis_size=3, **lifted)(8, name="heads")(x).mean(0)
+
+
+def test_repeated_layers():
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    specs = [dict(kind="uniform", bits=8, statistic="absmax", signed=signed) for signed in (None, True)]
+    model = quantize(Repeated({True: 0}), weights=specs[0], activations=specs[1])
+    variables = ready(model, x)
+    assert variables["quantizer_params"]["blocks"]["Dense_0"]["weights"]["scale"].shape == (3,)
+    plain = Repeated({True: 0}).apply({"params": variables["params"]}, x)
+    difference = model.apply(variables, x) - plain
+    assert 0 < np.abs(difference).max() < 0.05 * np.abs(plain).max()
+    described = [place.path for place in describe(model, x).places]
+    assert described == ["input", "blocks/Dense_0/input", "blocks/Dense_0", "heads/input", "heads"]
+
+
+def test_a_repetition_that_keeps_no_quantizers_is_told():
+    x = jnp.ones((4, 8))
+    model = quantize(Repeated({"params": 0}), weights=W4, activations=A8)
+    with pytest.raises(UserError, match=r"nn.scan, nn.vmap.*variable_axes=\{True: 0\}"):
+        model.init(jax.random.key(0), x)
+    model = quantize(Repeated({True: 0}), weights=W4, activations=A8)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(UserError, match="no quantizer_params given; apply the model with all variables"):
+        model.apply({"params": variables["params"]}, x)
+
+
+def test_dropout_keeps_the_grid_and_its_expectation():
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.relu(nn.Dense(16)(x))
+            self.sow("intermediates", "before", x)
+            x = nn.Dropout(0.25, deterministic=not train)(x)
+            self.sow("intermediates", "after", x)
+            return nn.Dense(3)(x)
+
+    model = quantize(
+        Dropping(), weights=W4, activations=A8, rules=[dict(layers="relu_0", activations=dict(bits=3))]
+    )
+    x = jax.random.normal(jax.random.key(0), (32, 8))
+    variables = ready(model, x)
+    assert "input" not in variables["quantizer_params"]["Dense_1"]
+    for train in (False, True):
+        call = dict(train=train, rngs={"dropout": jax.random.key(1)})
+        _, state = model.apply(variables, x, mutable=["intermediates"], **call)
+        before, after = (state["intermediates"][name][0] for name in ("before", "after"))
+        kept = (after != 0) | (before == 0)
+        np.testing.assert_allclose(after[kept], before[kept] / (0.75 if train else 1.0), rtol=1e-6)
+        assert (0.05 < (~kept).mean() < 0.25) if train else kept.all()
+        loss = lambda v, call=call: jnp.sum(model.apply(v, x, **call) ** 2)  # noqa: E731
+        gradient = jax.grad(loss, allow_int=True)(variables)
+        assert np.abs(gradient["params"]["Dense_0"]["kernel"]).max() > 0
+        assert np.abs(gradient["quantizer_params"]["relu_0"]["activations"]["scale"]) > 0
 
 
 @pytest.mark.parametrize(
