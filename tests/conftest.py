@@ -64,6 +64,13 @@ def golden():
     return load
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Thousands of compiled programs would come to many gigabytes by the last test."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Programs that are compiled carelessly, for tests that run each of theirs a few times."""
