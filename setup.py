@@ -27,6 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["qflax", "qflax.*"]),
+    package_data={"qflax.report": ["page.html"]},
     # Lower bounds are the oldest versions that were tried, on Python 3.11. Before JAX 0.9.2 a strided index
     # was a gather, which no export has.
     install_requires=[

@@ -129,6 +129,12 @@ def _run(arguments: Sequence[str]) -> int | None:
     verifying.add_argument("--data", choices=("cifar10", "digits"), help="test images to run, too")
     verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     verifying.set_defaults(run=_verify)
+    reporting = commands.add_parser("report", help="one page with a table and plots of several runs")
+    reporting.add_argument("workdirs", type=_path, nargs="+", metavar="workdir", help="folder of a run")
+    reporting.add_argument("--output", type=_path, required=True, help="folder to make")
+    reporting.add_argument("--no_test_images", action="store_true", help="run no network on test images")
+    reporting.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    reporting.set_defaults(run=_report)
     for command in (importing, calibrating, sensitivity):
         _add_config(command)
     options, options.rest = parser.parse_known_args(arguments)
@@ -245,6 +251,28 @@ def _verify(options: argparse.Namespace) -> int:
     report = verify(options.file, *data)
     print(table(report))
     return 0 if report.ok else FAILED
+
+
+def _report(options: argparse.Namespace) -> None:
+    from qflax import runtime
+
+    try:
+        import jinja2
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UserError(f"a report needs {error.name}; install it with pip install 'qflax[report]'") from None
+    del jinja2, matplotlib
+    runtime.configure()
+    from qflax.report import write_report
+
+    page = write_report(
+        options.workdirs,
+        options.output,
+        test_images=not options.no_test_images,
+        data_dir=options.data_dir,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    print(f"{page}: {page.stat().st_size / 1024:,.0f} KiB, complete in itself; the plots are beside it")
 
 
 def report_errors(run: Callable[[], int | None]) -> int:

@@ -34,7 +34,7 @@ class Logs:
           UserError: `metrics.jsonl` is damaged.
         """
         self._path = path = workdir / METRICS_FILE
-        parsed = [(line, _row(path, number, line)) for number, line in enumerate(_lines(path), 1)]
+        parsed = _parsed(path)
         # The final evaluation of a run that ended within it comes again.
         parsed = [
             (line, row) for line, row in parsed if row["step"] <= logged_step and row["group"] != "test"
@@ -108,6 +108,19 @@ class Progress:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+    """The rows of a run's `metrics.jsonl`, each with its `step` and `group`; none before the first.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    return [row for _, row in _parsed(workdir / METRICS_FILE)]
+
+
+def _parsed(path: pathlib.Path) -> list[tuple[str, dict]]:
+    return [(line, _row(path, number, line)) for number, line in enumerate(_lines(path), 1)]
 
 
 def _lines(path: pathlib.Path) -> list[str]:

@@ -198,10 +198,20 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
 
 def record_start(workdir: pathlib.Path, step: int, origin: Mapping) -> None:
     """Appends versions, commit, hardware and command of a start at `step` to the workdir's list of them."""
-    path = workdir / ENVIRONMENT_FILE
-    starts = _load_json(path, "delete it, or put it back from a copy") if path.exists() else []
-    require(isinstance(starts, list), f"{path}: damaged (no list); delete it, or put it back from a copy")
-    write_atomically(path, json.dumps([*starts, {"from_step": step, **origin}], indent=2) + "\n")
+    starts = [*load_starts(workdir), {"from_step": step, **origin}]
+    write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(starts, indent=2) + "\n")
+
+
+def load_starts(workdir: pathlib.Path) -> list[dict]:
+    """What `record_start` has recorded; nothing before the first start.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path, remedy = workdir / ENVIRONMENT_FILE, "delete it, or put it back from a copy"
+    starts = _load_json(path, remedy) if path.exists() else []
+    require(isinstance(starts, list), f"{path}: damaged (no list); {remedy}")
+    return starts
 
 
 def count_parameters(variables: Mapping) -> int:
