@@ -58,7 +58,7 @@ def trained(model, digits):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_is_quantized_trained_and_exported(name, tmp_path, quick_compilation):
+def test_network_is_quantized_trained_and_exported(name, tmp_path):
     digits = load("digits", "train")
     plain = NETWORKS[name]()
     model = quantize(
