@@ -307,7 +307,7 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
 
 def differences(new: Mapping, old: Mapping) -> list[str]:
     """Fields that make another run, as "NAME was OLD, is NEW", in the order of their names."""
-    new, old, missing = _flat(plain(new)), _flat(plain(old)), object()
+    new, old, missing = flat(plain(new)), flat(plain(old)), object()
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -324,10 +324,10 @@ def plain(value):
     return value
 
 
-def _flat(fields: Mapping, prefix: str = "") -> dict:
-    flat = {}
+def flat(fields: Mapping, prefix: str = "") -> dict:
+    """All values, under names with a dot between those of groups and fields."""
+    found = {}
     for name, value in fields.items():
-        flat.update(
-            _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-        )
-    return flat
+        group = isinstance(value, Mapping | ml_collections.ConfigDict)
+        found.update(flat(value, f"{prefix}{name}.") if group else {prefix + name: value})
+    return found

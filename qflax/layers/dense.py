@@ -36,7 +36,7 @@ class DenseGeneral(Product, nn.DenseGeneral):
     def _axes(self, x):
         """Axes of the input that are summed over."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        return [axis % x.ndim for axis in axes]
+        return sorted(axis % x.ndim for axis in axes)  # As Flax has it.
 
     @nn.nowrap
     def _multiply(self, x, kernel, shape):

@@ -138,6 +138,8 @@ class Trace(core.Trace):
         """See `jax.core.Trace`."""
         inner = params["jaxpr"] if primitive.name in ("jit", "pjit") else None
         name = primitive.name if inner is None else _name_in_jax(inner.jaxpr.debug_info)
+        if name in FUNCTIONS and len(inner.out_avals) != 1:
+            name = ""  # Of a function and its derivative.
 
         def call(*values):
             return primitive.bind(*values, **params)
@@ -189,6 +191,9 @@ class Trace(core.Trace):
                 primitive, fun, jvp, values, symbolic_zeros=symbolic_zeros
             )
 
+        if not any(isinstance(x, Carried) for x in tracers):
+            with core.set_current_trace(self._parent):
+                return call(*tracers)
         with core.set_current_trace(self._parent):
             result = self._at_place(name, lambda *values: call(*values)[0], tracers)
             results = call(*(value_of(x) for x in tracers)) if result is None else [result]
@@ -199,7 +204,7 @@ class Trace(core.Trace):
         with core.set_current_trace(self._parent):
             values = [value_of(x) for x in tracers]
             results = self._parent.process_custom_vjp_call(primitive, fun, fwd, bwd, values, **options)
-        return self._carried(list(results))
+        return self._carried(list(results)) if any(isinstance(x, Carried) for x in tracers) else results
 
 
 def _known(x: typing.Any) -> bool:
@@ -240,7 +245,9 @@ def _nonnegative(name: str, operands: Sequence, params: dict) -> bool:
 def _is_nonnegative(x: typing.Any) -> bool:
     if isinstance(x, Carried):
         return x.nonnegative
-    return not isinstance(x, core.Tracer) and np.size(x) == 1 and bool(np.all(np.asarray(x) >= 0))
+    if isinstance(x, core.Tracer) or jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):
+        return False
+    return np.size(x) == 1 and bool(np.all(np.asarray(x) >= 0))
 
 
 def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict) -> QuantizedArray | None:

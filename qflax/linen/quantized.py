@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import Scope
 from flax.errors import ScopeCollectionNotFound
 from flax.traverse_util import flatten_dict
 
-from qflax.errors import UserError
+from qflax.errors import UserError, require
 from qflax.layers import Activation, Quantize
 from qflax.linen import description
 from qflax.linen.carrying import NONNEGATIVE_FUNCTIONS, Carried, Trace, carrying
@@ -76,8 +77,9 @@ def quantize(
 
 def of_policy(model: nn.Module, quantization: Quantization, **attributes) -> "Quantized":
     """See `quantize`; `attributes` are more of `Quantized`."""
+    require(not isinstance(model, Quantized), "the model is quantized already; give the plain one")
     # The name is only of the scope of its operations: exports leave those with a dot out of paths.
-    return Quantized(model, quantization, name="qflax.Quantized", **attributes)
+    return Quantized(Held(model), quantization, name="qflax.Quantized", **attributes)
 
 
 def _fields(spec: Spec | Mapping | None) -> Mapping | None:
@@ -116,35 +118,40 @@ def _parameters(params: Mapping) -> dict[str, list[str]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A model that Flax shall not take for a child of the module that holds it: they share a scope."""
+
+    model: nn.Module
+
+
 class Quantized(nn.Module):
     """A model whose layers are quantized as the policy says; see `quantize`.
 
     Attributes:
-      model: of plain Flax.
+      held: a model of plain Flax.
       quantization: the policy.
       axis_name: mapped axis that shares a batch, for the statistics of batch norms that name none.
       batch_norm_momentum: of all batch norms, instead of their own.
     """
 
-    model: nn.Module
+    held: Held
     quantization: Quantization = FLOAT
     axis_name: str | None = None
     batch_norm_momentum: float | None = None
 
-    def setup(self):
-        """Shares the model's scope, so that its variables keep their paths."""
-        nn.share_scope(self, self.model)
-        object.__setattr__(self.model, "name", "qflax.model")  # As above; Flax has named it after the field.
-
-    def __call__(self, x: jax.Array, *args, **kwargs) -> typing.Any:
-        """Calls the model."""
+    @nn.compact
+    def __call__(self, *args, **kwargs) -> typing.Any:
+        """Calls the model; what it gets first is its input, where that is an array of floats."""
+        # In this module's own scope, so that all variables are where the model alone would have them.
+        model = self.held.model.clone(parent=self.scope, name="qflax.model", _deep_clone=True)
         of_norms = {"axis_name": self.axis_name, "momentum": self.batch_norm_momentum}
         of_norms = {name: value for name, value in of_norms.items() if value is not None}
         places = functools.partial(_Places, self.quantization, of_norms)
         with carrying(places) as (trace, places), nn.intercept_methods(places.intercept):
-            x = places.input(self.scope, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
             try:
-                result = self.model(*trace.carried((x, *args)), **trace.carried(kwargs))
+                args = (*(places.input(model, x) for x in args[:1]), *args[1:])
+                result = model(*trace.carried(args), **trace.carried(kwargs))
             except ScopeCollectionNotFound as error:
                 raise _told_of(error, {} if self.is_initializing() else self.variables) from None
         if not description.tell(places.found) and self.is_initializing():
@@ -208,6 +215,7 @@ class _Places:
         self.found = []
         self._quantization, self._of_norms, self._trace = quantization, of_norms, trace
         self._modules, self._made, self._inside = [], {}, False
+        self._signed = {}  # Path of a layer -> whether its first input is; it has one quantizer for all.
 
     def intercept(self, next_call, args, kwargs, context):
         """Stands in for the methods of modules, see `flax.linen.intercept_methods`."""
@@ -215,7 +223,9 @@ class _Places:
         if self._inside or module.scope is None:
             return next_call(*args, **kwargs)
         if context.method_name == "__call__":
-            layer = self._once(module.scope, "layer", lambda: product_of(module, self._quantization))
+            # Modules may share a scope.
+            key = f"layer {type(module).__name__}"
+            layer = self._once(module.scope, key, lambda: product_of(module, self._quantization))
             if layer is not None:
                 return self._apart(self._product, layer, *args, **kwargs)
             if isinstance(module, NORMS):
@@ -267,10 +277,17 @@ class _Places:
         roles = ["weights", "outputs", *(["biases"] if layer.use_bias else [])]
         self._find(path, type(layer).__name__, roles)
         signed = not getattr(inputs, "nonnegative", False)
-        if signed != layer.signed_input:
+        first = self._signed.setdefault(path, signed)
+        spec = self._quantization.spec("activations", f"{'/'.join(path)}/input")
+        require(
+            first >= signed or on_grid or spec is None or spec.signed is not None,
+            f"{'/'.join(path)}: is called with inputs that cannot be negative, and with others that can; say "
+            f"that they are signed by a rule: dict(layers='{'/'.join(path)}/input', "
+            "activations=dict(signed=True))",
+        )
+        if first != layer.signed_input:
             scope = layer.scope
-            signs = f"signed={signed}"
-            layer = self._once(scope, signs, lambda: layer.clone(signed_input=signed, parent=scope))
+            layer = self._once(scope, "of sign", lambda: layer.clone(signed_input=first, parent=scope))
         return layer(payload_of(inputs))
 
     def _norm(self, module: nn.Module, *args, **kwargs) -> jax.Array | QuantizedArray:
@@ -280,10 +297,17 @@ class _Places:
         self._find(scope.path, type(module).__name__, ["activations"], by_default=False)
         return Quantize(quantization=self._quantization, parent=scope)(y)
 
-    def input(self, scope: Scope, x: jax.Array) -> jax.Array | QuantizedArray:
-        """What the model gets: its input, quantized where a rule says so."""
-        place = scope.push("input", reuse=True)
-        self._find(place.path, "model input", ["activations"], by_default=False)
+    def input(self, model: nn.Module, x: typing.Any) -> typing.Any:
+        """What the model gets first, quantized where a rule says so, unless the model is a layer itself."""
+        if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        if product_of(model, self._quantization) is not None:
+            return x
+        path = (*model.scope.path, "input")
+        self._find(path, "model input", ["activations"], by_default=False)
+        if self.found[-1].specs["activations"] is None:
+            return x
+        place = model.scope.push("input", reuse=True)
         return self._apart(Quantize(quantization=self._quantization, parent=place), x)
 
     def function(

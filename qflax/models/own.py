@@ -51,9 +51,23 @@ def build_own_model(
         isinstance(network, nn.Module),
         f"{field}: makes a {type(network).__name__}; must make a flax.linen.Module",
     )
+    require(
+        callable(network),
+        f"{field}: {type(network).__name__} has no method __call__",
+    )
+    require(
+        not isinstance(network, Quantized),
+        f"{field}: makes a quantized model; the configuration quantizes it: make the plain one",
+    )
     _require_argument(
         f"{field}: __call__ of {type(network).__name__}", type(network).__call__, "train", "train=False"
     )
+    try:
+        hash(network)
+    except TypeError:
+        raise UserError(
+            f"{field}: an attribute of {type(network).__name__} cannot be hashed (a list?); make it a tuple"
+        ) from None
     return of_policy(network, quantization, axis_name=axis_name, batch_norm_momentum=batch_norm_momentum)
 
 

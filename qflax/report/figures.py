@@ -1,37 +1,18 @@
-"""Plots.
+"""Plots of reports."""
 
-Colours are Okabe and Ito's (2008), which can be told apart without seeing red or green; lines and marks
-differ in style, too, so that a print in grey tells them apart as well.
-"""
-
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from qflax.layers import LayerCost
-from qflax.report.network import LayerWeights
 from qflax.report.published import Published
 from qflax.report.runs import Group, Run
+from qflax.training.kernels import LayerKernel
+from qflax.training.plots import COLOURS, DARK, FAINT, LINES, MARKS, name_layers, new_figure, styled
 
-_DARK, _FAINT = "#222222", "#8a8a8a"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", _DARK)
-_MARKS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
-_WIDTH = 8.0  # Inches.
-_STYLE = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 _SIZES = {  # Target -> what it is about.
     "weight_kib": "weights",
     "activation_kib_sum": "all activations of an image",
@@ -39,24 +20,7 @@ _SIZES = {  # Target -> what it is about.
 }
 
 
-def _styled(plot: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
-    """A function whose figure has the style of this module, whatever the process uses elsewhere."""
-
-    @functools.wraps(plot)
-    def styled(*args, **kwargs):
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-            return plot(*args, **kwargs)
-
-    return styled
-
-
-def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure, and its axes [rows, columns]."""
-    figure = Figure(figsize=(_WIDTH, height))
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-@_styled
+@styled
 def accuracy_against_size(groups: Sequence[Group], published: Sequence[Published]) -> Figure | None:
     """Top-1 over the KiB of the weights, with the front of those that none beats in both."""
     points = [
@@ -66,15 +30,15 @@ def accuracy_against_size(groups: Sequence[Group], published: Sequence[Published
     ]
     if not points:
         return None
-    figure, ((axes,),) = _figure(4.2)
+    figure, ((axes,),) = new_figure(4.2)
     front, best = [], -math.inf
     for _, kib, accuracies in sorted(points, key=lambda p: (p[1], -p[2].mean())):
         if accuracies.mean() > best:
             best = accuracies.mean()
             front.append((kib, best))
-    axes.step(*zip(*front, strict=True), where="post", color=_FAINT, linewidth=1, label="Pareto front")
+    axes.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=1, label="Pareto front")
     for (g, kib, accuracies), colour, mark in zip(
-        points, itertools.cycle(_COLOURS), itertools.cycle(_MARKS), strict=False
+        points, itertools.cycle(COLOURS), itertools.cycle(MARKS), strict=False
     ):
         spread = accuracies.std(ddof=1) if len(accuracies) > 1 else None
         axes.errorbar(
@@ -95,14 +59,14 @@ def accuracy_against_size(groups: Sequence[Group], published: Sequence[Published
                 linestyle="",
                 marker=mark,
                 markerfacecolor="none",
-                color=_FAINT,
+                color=FAINT,
                 clip_on=False,
                 label=f"published: {shown[0].source}" if mark == "o" else None,
             )
             for p in rows:
                 text = p.label if mark == "o" else f"{p.label} {p.accuracy:g} %"
                 at = (p.kib, max(p.accuracy, bottom))
-                axes.annotate(text, at, (4, 4), textcoords="offset points", color=_FAINT, fontsize=7.5)
+                axes.annotate(text, at, (4, 4), textcoords="offset points", color=FAINT, fontsize=7.5)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlabel("weights (KiB)")
@@ -111,7 +75,7 @@ def accuracy_against_size(groups: Sequence[Group], published: Sequence[Published
     return figure
 
 
-@_styled
+@styled
 def accuracy_against_accumulator(groups: Sequence[Group], published: Sequence[Published]) -> Figure | None:
     """Top-1 over the accumulator width that the weights were trained for."""
     own = {}
@@ -123,19 +87,19 @@ def accuracy_against_accumulator(groups: Sequence[Group], published: Sequence[Pu
             )
     if not own:
         return None
-    figure, ((axes,),) = _figure(3.4)
+    figure, ((axes,),) = new_figure(3.4)
     for i, (variant, points) in enumerate(sorted(own.items())):
-        axes.plot(*zip(*sorted(points), strict=True), _MARKS[i] + _LINES[i], color=_COLOURS[i], label=variant)
+        axes.plot(*zip(*sorted(points), strict=True), MARKS[i] + LINES[i], color=COLOURS[i], label=variant)
     theirs = [p for p in published if p.accumulator_bits is not None]
     for i, (variant, rows) in enumerate(itertools.groupby(theirs, key=lambda p: p.label.split()[0])):
         rows = list(rows)
         axes.plot(
             [p.accumulator_bits for p in rows],
             [p.accuracy for p in rows],
-            _LINES[i % len(_LINES)],
-            marker=_MARKS[i],
+            LINES[i % len(LINES)],
+            marker=MARKS[i],
             markerfacecolor="none",
-            color=_FAINT,
+            color=FAINT,
             label=f"{variant}, published: {rows[0].source}",
         )
     axes.set_xlabel("accumulator (bits)")
@@ -144,14 +108,14 @@ def accuracy_against_accumulator(groups: Sequence[Group], published: Sequence[Pu
     return figure
 
 
-@_styled
+@styled
 def curves(run: Run) -> Figure | None:
     """Loss and accuracy over epochs, or over steps while it is not known what an epoch is."""
     if not run.rows("train"):
         return None
     per_epoch = run.steps_per_epoch
-    figure, ((loss, accuracy),) = _figure(2.9, columns=2)
-    styles = {"train": (_COLOURS[0], "-"), "validation": (_COLOURS[1], "--")}
+    figure, ((loss, accuracy),) = new_figure(2.9, columns=2)
+    styles = {"train": (COLOURS[0], "-"), "validation": (COLOURS[1], "--")}
     for group, (colour, line) in styles.items():
         for axes, name, factor in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
             steps, values = run.curve(group, name)
@@ -159,8 +123,8 @@ def curves(run: Run) -> Figure | None:
                 axes.plot(steps / (per_epoch or 1), factor * values, line, color=colour, label=group)
     if run.result:
         end = run.result["steps"] / (per_epoch or 1)
-        accuracy.plot(end, 100 * run.result["test_accuracy"], "*", color=_DARK, markersize=10, label="test")
-        loss.plot(end, run.result["test_loss"], "*", color=_DARK, markersize=10, label="test")
+        accuracy.plot(end, 100 * run.result["test_accuracy"], "*", color=DARK, markersize=10, label="test")
+        loss.plot(end, run.result["test_loss"], "*", color=DARK, markersize=10, label="test")
     for axes, label in ((loss, "loss"), (accuracy, "top-1 accuracy (%)")):
         axes.set_xlabel("epoch" if per_epoch else "step")
         axes.set_ylabel(label)
@@ -168,28 +132,7 @@ def curves(run: Run) -> Figure | None:
     return figure
 
 
-@_styled
-def layer_widths(costs: Sequence[LayerCost]) -> Figure | None:
-    """Bits of every layer's weights and inputs, along the network."""
-    layers = [cost for cost in costs if cost.macs]
-    if not layers or all(float(cost.weight_bits) == float(cost.input_bits) == 32 for cost in layers):
-        return None
-    figure, ((axes,),) = _figure(3.2)
-    at = np.arange(len(layers))
-    for shift, name, colour, hatch in (
-        (-0.2, "weight_bits", _COLOURS[0], ""),
-        (0.2, "input_bits", _COLOURS[4], "///"),
-    ):
-        bits = [float(getattr(cost, name)) for cost in layers]
-        label = name.replace("_bits", "s" if name[0] == "w" else "s")
-        axes.bar(at + shift, bits, 0.4, color=colour, hatch=hatch, edgecolor="white", label=label)
-    _name_layers(axes, [cost.path for cost in layers])
-    axes.set_ylabel("bits (32: float)")
-    figure.legend(loc="outside upper right", ncols=2)
-    return figure
-
-
-@_styled
+@styled
 def widths_over_time(run: Run) -> Figure | None:
     """Bits of every layer at every evaluation, where they are learned."""
     rows = run.rows("layers")
@@ -200,7 +143,7 @@ def widths_over_time(run: Run) -> Figure | None:
     changing = [i for i in range(len(names)) if np.ptp(bits[i]) > 0]
     if not changing:
         return None
-    figure, ((axes,),) = _figure(1.6 + 0.17 * len(changing))
+    figure, ((axes,),) = new_figure(1.6 + 0.17 * len(changing))
     image = axes.imshow(
         bits[changing], aspect="auto", cmap="cividis", interpolation="nearest", origin="upper", vmin=0
     )
@@ -213,17 +156,17 @@ def widths_over_time(run: Run) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def sizes_over_time(run: Run) -> Figure | None:
     """Each size that has a target, and the target."""
     targets = {name: run.config.size_targets[name] for name in _SIZES if run.config.size_targets[name]}
     targets = {name: target for name, target in targets.items() if run.curve("size", name)[0].size}
     if not targets:
         return None
-    figure, axes = _figure(2.6, columns=len(targets))
+    figure, axes = new_figure(2.6, columns=len(targets))
     for (name, target), ax in zip(targets.items(), axes[0], strict=True):
-        ax.plot(*run.curve("size", name), "-o", color=_COLOURS[0], markersize=3, label="reached")
-        ax.axhline(target, color=_COLOURS[1], linestyle="--", label="target")
+        ax.plot(*run.curve("size", name), "-o", color=COLOURS[0], markersize=3, label="reached")
+        ax.axhline(target, color=COLOURS[1], linestyle="--", label="target")
         ax.set_xlabel("step")
         ax.set_ylabel(f"{_SIZES[name]} (KiB)")
         ax.set_ylim(bottom=0)
@@ -231,36 +174,36 @@ def sizes_over_time(run: Run) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def accumulators(costs: Sequence[LayerCost], allowed: int | None) -> Figure | None:
     """Bits that each layer's sums need, by three bounds, and what its weights were trained for."""
     layers = [cost for cost in costs if cost.accumulation is not None]
     if not layers:
         return None
-    figure, ((axes,),) = _figure(3.2)
+    figure, ((axes,),) = new_figure(3.2)
     at = np.arange(len(layers))
     needed = [cost.accumulation.exact_bits for cost in layers]
-    axes.bar(at, needed, 0.6, color=_COLOURS[5], edgecolor="white", label="needed, exactly")
+    axes.bar(at, needed, 0.6, color=COLOURS[5], edgecolor="white", label="needed, exactly")
     norm = [cost.accumulation.norm_bits for cost in layers]
     types = [cost.accumulation.data_type_bits for cost in layers]
-    axes.plot(at, norm, "D", color=_COLOURS[0], markersize=4, label="by the weights' norm")
-    axes.plot(at, types, "v", color=_DARK, markersize=4, label="by the data types")
+    axes.plot(at, norm, "D", color=COLOURS[0], markersize=4, label="by the weights' norm")
+    axes.plot(at, types, "v", color=DARK, markersize=4, label="by the data types")
     if allowed is not None:
-        axes.axhline(allowed, color=_COLOURS[1], linestyle="--", label=f"allowed ({allowed})")
-    _name_layers(axes, [cost.path for cost in layers])
+        axes.axhline(allowed, color=COLOURS[1], linestyle="--", label=f"allowed ({allowed})")
+    name_layers(axes, [cost.path for cost in layers])
     axes.set_ylabel("accumulator (bits)")
     figure.legend(loc="outside upper right", ncols=4, fontsize=8)
     return figure
 
 
-@_styled
-def weight_histograms(layers: Sequence[LayerWeights]) -> Figure | None:
+@styled
+def weight_histograms(layers: Sequence[LayerKernel]) -> Figure | None:
     """Weights of each layer in steps of its grid: before rounding, and the codes."""
     if not layers:
         return None
     columns = 4
     rows = -(-len(layers) // columns)
-    figure, axes = _figure(1.35 * rows + 0.5, rows, columns)
+    figure, axes = new_figure(1.35 * rows + 0.5, rows, columns)
     for layer, ax in itertools.zip_longest(layers, axes.flat):
         if layer is None:
             ax.set_axis_off()
@@ -268,12 +211,12 @@ def weight_histograms(layers: Sequence[LayerWeights]) -> Figure | None:
         values, counts = np.unique(layer.codes, return_counts=True)
         share = 100 * counts / layer.codes.size
         width = np.min(np.diff(values), initial=1.0) * (0.9 if len(values) <= 32 else 1.0)
-        ax.bar(values, share, width, color=_COLOURS[5], label="codes", antialiased=len(values) <= 32)
+        ax.bar(values, share, width, color=COLOURS[5], label="codes", antialiased=len(values) <= 32)
         if layer.weights is not None and len(values) > 1:
             edges = np.linspace(values[0] - 0.5, values[-1] + 0.5, 81)
             counts, _ = np.histogram(layer.weights, edges)
             per_step = 100 * counts / layer.weights.size / (edges[1] - edges[0])
-            ax.plot((edges[1:] + edges[:-1]) / 2, per_step, color=_COLOURS[1], linewidth=1, label="weights")
+            ax.plot((edges[1:] + edges[:-1]) / 2, per_step, color=COLOURS[1], linewidth=1, label="weights")
         ax.set_title(f"{layer.path}, {layer.bits:.3g} bits", fontsize=7)
         ax.tick_params(labelsize=7)
         ax.grid(visible=False)
@@ -283,10 +226,10 @@ def weight_histograms(layers: Sequence[LayerWeights]) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """Share of each class's images that was told to be each class."""
-    figure, ((axes,),) = _figure(4.6)
+    figure, ((axes,),) = new_figure(4.6)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
     if len(classes) <= 20:
@@ -303,23 +246,17 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def mistakes(images: np.ndarray, captions: Sequence[str]) -> Figure | None:
     """Images [n, height, width, channels], 0 to 255, with a caption each."""
     if not len(images):
         return None
     columns = 6
     rows = -(-len(images) // columns)
-    figure, axes = _figure(1.75 * rows, rows, columns)
+    figure, axes = new_figure(1.75 * rows, rows, columns)
     for image, caption, ax in itertools.zip_longest(images, captions, axes.flat):
         ax.set_axis_off()
         if image is not None:
             ax.imshow(image)
             ax.set_title(caption, fontsize=7.5)
     return figure
-
-
-def _name_layers(axes, paths: Sequence[str]) -> None:
-    axes.set_xticks(range(len(paths)), paths, rotation=90, fontsize=7)
-    axes.set_xlim(-0.7, len(paths) - 0.3)
-    axes.grid(visible=False, axis="x")

@@ -18,6 +18,7 @@ from qflax.report.network import inspect
 from qflax.report.predictions import predict
 from qflax.report.published import PUBLISHED
 from qflax.report.runs import Group, Run, groups_of, read_runs
+from qflax.training.plots import layer_widths
 
 PAGE = "index.html"
 _DPI = 110
@@ -123,13 +124,13 @@ class _Page:
             weights, step = run.config.weights, f"At step {network.step:,}."
             allowed = getattr(weights, "accumulator_bits", None) if weights is not None else None
             plots += [
-                ("widths", figures.layer_widths(network.costs), f"Bits along the network. {step}"),
+                ("widths", layer_widths(network.costs), f"Bits along the network. {step}"),
                 (
                     "accumulators",
                     figures.accumulators(network.costs, allowed),
                     f"Accumulator bits that each layer needs, by three bounds. {step}",
                 ),
-                ("weights", figures.weight_histograms(network.weights), f"Weights on their grids. {step}"),
+                ("weights", figures.weight_histograms(network.kernels), f"Weights on their grids. {step}"),
             ]
         if test_images and run.result:
             plots += self._of_test_images(run, data_dir, notes)

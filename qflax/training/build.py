@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax.errors import FlaxError
 
 from qflax.config import MOST_STEPS
 from qflax.cpu import available_cores
 from qflax.data import Crop, DataFormat, data_format
 from qflax.data.augment import Augmentation
-from qflax.errors import require
+from qflax.errors import UserError, one_line, require
 from qflax.layers import LayerCost, layer_costs
 from qflax.models import build_model, build_own_model, is_own
 from qflax.quantizers import FLOAT, STATISTICS, Quantization, quantization_from_config
@@ -22,7 +23,7 @@ from qflax.training.parallel import AXIS, Devices
 from qflax.training.penalties import Penalties
 from qflax.training.schedules import relative_learning_rate
 from qflax.training.state import OBSERVED, TRAINED, TrainState, create_state, initial_variables
-from qflax.training.step import TrainStep
+from qflax.training.step import RNGS, TrainStep
 
 MOST_EXAMPLES = 2**31 - 1  # Positions in the training stream are int32.
 _MOST_WORKERS = 16  # Unless more are asked for: each holds several batches in shared memory.
@@ -117,12 +118,22 @@ def check_network(config: ml_collections.ConfigDict) -> None:
         f"{field}: has variables in {', '.join(unknown)}, which training does not keep; it keeps "
         f"{', '.join((*TRAINED, *OBSERVED))}",
     )
-    logits = jax.eval_shape(functools.partial(network.apply, train=False), variables, images)
-    require(
-        isinstance(logits, jax.ShapeDtypeStruct) and logits.shape == (2, form.num_classes),
-        f"{field}: makes {_shapes_of(logits)} of images {list(images.shape)}; must make logits "
-        f"{[2, form.num_classes]}, one of each class",
-    )
+    for train in (False, True):
+        rngs = {name: jax.random.key(0) for name in RNGS} if train else None
+        apply = functools.partial(network.apply, train=train, rngs=rngs, mutable=OBSERVED if train else False)
+        try:
+            logits = jax.eval_shape(apply, variables, images)
+        except FlaxError as error:
+            raise UserError(
+                f"{field}: cannot be called with train={train}: {one_line(error)} (random numbers are drawn "
+                f"from {', '.join(RNGS)}, and variables are made with train=False)"
+            ) from None
+        logits = logits[0] if train else logits
+        require(
+            isinstance(logits, jax.ShapeDtypeStruct) and logits.shape == (2, form.num_classes),
+            f"{field}: makes {_shapes_of(logits)} of images {list(images.shape)} with train={train}; must "
+            f"make logits {[2, form.num_classes]}, one of each class",
+        )
 
 
 def _shapes_of(tree) -> str:
@@ -133,6 +144,8 @@ def check_rules(config: ml_collections.ConfigDict) -> dict:
     """Raises `UserError` for a network or a rule that does not fit; returns abstract variables."""
     check_network(config)
     variables = abstract_state(config).variables
+    if is_own(config.model):
+        return variables  # It has checked the rules when its variables were made.
     costs = measure_costs(config, variables)
     quantization(config).check((role, cost.path) for cost in costs for role in cost.roles)
     return variables

@@ -1,19 +1,30 @@
 """Logs of a run: TensorBoard, JSON lines, and what the terminal shows."""
 
+import importlib.util
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tensorboardX
+from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from qflax.errors import UserError
 from qflax.files import naming, write_atomically
+from qflax.layers import LayerCost
+from qflax.training.kernels import LayerKernel
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+# TensorBoard shows groups in the order of their names: whether it learns, how fast, how big, then the rest.
+_LEARNING, _SPEED, _SIZE, _TRAINING = "1_learning", "2_speed", "3_size", "4_training"
+_OUTCOMES = ("loss", "accuracy", "top5_accuracy")
+_SPEEDS = ("images_per_second", "seconds")
+FINAL_ACCURACY = f"{_LEARNING}/accuracy_test"
+_MOST_IN_HISTOGRAM = 1 << 16
 
 
 class Logs:
@@ -49,7 +60,7 @@ class Logs:
         )
 
     def write(self, step: int, scalars: Mapping[str, float], group: str) -> None:
-        """Writes scalars at a step: `group/name` in TensorBoard, one line in `metrics.jsonl`.
+        """Writes scalars at a step: one line in `metrics.jsonl`, and in TensorBoard by what they are about.
 
         Args:
           step: number of updates made.
@@ -58,15 +69,50 @@ class Logs:
         """
         self.seconds = max(self.seconds, scalars.get("seconds", 0.0))
         for name, value in scalars.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+            self._board.add_scalar(_tag(group, name), value, step)
         with naming(self._path):
             self._file.write(json.dumps({"step": step, "group": group, **scalars}) + "\n")
             self._file.flush()
+
+    def draw_layers(self, step: int, costs: Sequence[LayerCost], kernels: Sequence[LayerKernel]) -> None:
+        """Writes histograms of each layer's weights and codes, and a picture of the widths, for TensorBoard.
+
+        Of a large kernel every n-th weight counts. The picture needs matplotlib (extra `report`).
+        """
+        for kernel in kernels:
+            every = -(-kernel.codes.size // _MOST_IN_HISTOGRAM)
+            for name, values in (("weights", kernel.weights), ("codes", kernel.codes)):
+                if values is not None:
+                    self._board.add_histogram(f"{name}/{kernel.path}", values[::every], step)
+        if kernels and importlib.util.find_spec("matplotlib"):
+            from qflax.training.plots import layer_widths, pixels
+
+            figure = layer_widths(costs)
+            if figure is not None:
+                self._board.add_image("bits_along_the_network", pixels(figure), step, dataformats="HWC")
+
+    def conclude(self, fields: Mapping[str, object]) -> None:
+        """Writes the configuration's numbers and names beside the final accuracy, for the tab HParams."""
+        plain = {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str)}
+        for summary in hparams(plain, {FINAL_ACCURACY: None}):
+            self._board.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Writes what is left."""
         self._file.close()
         self._board.close()
+
+
+def _tag(group: str, name: str) -> str:
+    """Where TensorBoard shows a number."""
+    if group == "layers":
+        path, _, what = name.rpartition("/")
+        return f"layers_{what}/{path}"
+    if group in ("train", "validation", "test"):
+        if name in _OUTCOMES:
+            return f"{_LEARNING}/{name}_{group}"
+        return f"{_SPEED if name in _SPEEDS else _TRAINING}/{name}"
+    return f"{_SIZE if group == 'size' else group}/{name}"
 
 
 class Progress:

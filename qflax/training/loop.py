@@ -24,6 +24,7 @@ from qflax.training.calibration import CalibrationBatches
 from qflax.training.checkpoints import Checkpoints
 from qflax.training.diagnosis import first_not_finite
 from qflax.training.interruption import Interruption
+from qflax.training.kernels import layer_kernels
 from qflax.training.lock import locked
 from qflax.training.logs import Progress
 from qflax.training.meter import Meter
@@ -269,6 +270,9 @@ class Trainer:
             validation = None  # It shall not be the best: its widths are not yet what they will be.
         self.recorder.write(step, {name: float(size) for name, size in sizes(costs).items()}, "size")
         self.recorder.write(step, _per_layer(costs, host.variables), "layers")
+        shape = build.image_format(self.config).image_shape
+        kernels = layer_kernels(build.model(self.config), host.served, shape)
+        self.recorder.draw_layers(step, costs, kernels)
         self.recorder.save(host, step, validation)
 
     def _finish(self, state: TrainState) -> dict[str, object]:
@@ -296,6 +300,7 @@ class Trainer:
             **self.origin,
         }
         self.recorder.write(steps, test, "test")
+        self.recorder.conclude(config_lib.flat(config))
         if not is_first():
             return result
         table = cost_table(costs, config.size_targets, config.size_strengths)

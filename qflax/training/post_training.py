@@ -27,6 +27,7 @@ from qflax.quantizers import ROLES
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
+from qflax.training.kernels import layer_kernels
 from qflax.training.logs import Logs, Progress
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
@@ -106,6 +107,9 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
     for i, row in enumerate(rows):
         logs.write(i, {name: x for name, x in row.items() if name != "method"}, "ptq")
     logs.write(0, test, "test")
+    shape = build.image_format(config).image_shape
+    logs.draw_layers(0, costs, layer_kernels(build.model(config), state.served, shape))
+    logs.conclude(config_lib.flat(config))
     logs.close()
     for name, table in tables.items():
         write_atomically(workdir / name, table + "\n")

@@ -37,6 +37,12 @@ class Silence:
     def write(self, step: int, scalars: Mapping[str, float], group: str) -> None:
         """See `Logs`."""
 
+    def draw_layers(self, step: int, costs, kernels) -> None:
+        """See `Logs`."""
+
+    def conclude(self, fields: Mapping[str, object]) -> None:
+        """See `Logs`."""
+
     def save(self, state, step: int, validation=None, record=None) -> None:
         """See `CheckpointWriter`."""
 
@@ -84,6 +90,7 @@ class Recorder(Silence):
         self.last_train = self._logs.last_train
         self.say, self.advance, self.show = self._progress.say, self._progress.advance, self._progress.show
         self.write, self.save = self._logs.write, self._checkpoints.save
+        self.draw_layers, self.conclude = self._logs.draw_layers, self._logs.conclude
 
     @property
     def seconds(self) -> float:

@@ -29,6 +29,8 @@ from qflax.training.schedules import RateWindow
 from qflax.training.state import BATCH_STATS, OBSERVED, TrainState
 from qflax.training.stream import ResidentData, StreamedData
 
+RNGS = ("quantization", "dropout")  # Random streams that a network may draw from in training.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStep:

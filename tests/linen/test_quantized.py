@@ -348,3 +348,110 @@ def test_post_training_quantization(network, recipe):
     )
     logits, expected = model.apply(networks.variables, IMAGES), reference.apply(weights, IMAGES)
     assert np.abs(logits - expected).mean() < np.abs(expected).mean()
+
+
+class Tokens(nn.Module):
+    """An embedding, whose values come from no float input."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(3)(
+            nn.relu(nn.Embed(10, 8)(tokens) + nn.relu(self.param("p", nn.initializers.ones, (8,))))
+        )
+
+
+class OfMapping(nn.Module):
+    @nn.compact
+    def __call__(self, batch, *, factor=1.0):
+        return factor * nn.Dense(3)(batch["image"])
+
+
+class OfKeywords(nn.Module):
+    @nn.compact
+    def __call__(self, *, images):
+        return nn.remat(nn.Dense)(3, name="input")(images)
+
+
+class Given(nn.Module):
+    """A head that is made elsewhere."""
+
+    head: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.head(nn.relu(nn.Dense(8)(x)))
+
+
+class Shared(nn.Module):
+    """A wrapper in its layer's scope."""
+
+    def setup(self):
+        self.layer = nn.Dense(8)
+        nn.share_scope(self, self.layer)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class Differentiating(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        tangent = jax.jvp(nn.sigmoid, (x,), (x,))[1]
+        return nn.Dense(3)(tangent) + nn.Dense(3)(jax.vjp(jnp.tanh, x)[1](x)[0])
+
+
+FLOATS = np.random.default_rng(1).normal(size=(4, 6, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("plain", "args", "kwargs", "layers"),
+    [
+        (Tokens(), (np.arange(6).reshape(2, 3),), {}, ["Dense_0"]),
+        (OfMapping(), ({"image": FLOATS},), {"factor": 2.0}, ["Dense_0"]),
+        (OfKeywords(), (), {"images": FLOATS}, ["input"]),
+        (nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), (FLOATS,), {}, ["layers_0", "layers_2"]),
+        (Given(nn.Dense(2)), (FLOATS,), {}, ["Dense_0", "head"]),
+        (Shared(), (FLOATS,), {}, [""]),
+        (nn.DenseGeneral(5, axis=(-1, 1)), (FLOATS,), {}, [""]),
+        (Differentiating(), (FLOATS,), {}, ["Dense_0", "Dense_1"]),
+    ],
+    ids=["tokens", "mapping", "keywords", "sequential", "given", "shared", "layer", "derivatives"],
+)
+def test_models_of_many_styles(plain, args, kwargs, layers):
+    specs = dict(kind="uniform", bits=8, scale="static", statistic="absmax")
+    model, key = quantize(plain, weights=specs, activations=specs), jax.random.key(0)
+    variables = model.init(key, *args, **kwargs)
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["params"], plain.init(key, *args, **kwargs)["params"]
+    )
+    expected = plain.apply({"params": variables["params"]}, *args, **kwargs)
+    as_float = quantize(plain).apply({"params": variables["params"]}, *args, **kwargs)
+    np.testing.assert_allclose(as_float, expected, rtol=1e-5, atol=1e-6)
+    found = [place.path for place in describe(model, *args, **kwargs).places if "weights" in place.specs]
+    assert found == layers
+    if args:
+        y = model.apply(calibrate(model, variables, [args[0]], **kwargs), *args, **kwargs)
+        assert 0 < np.abs(y - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_layer_whose_inputs_have_both_signs():
+    class Twice(nn.Module):
+        first: bool
+
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(8, name="layer")
+            return layer(nn.relu(layer(x))) if self.first else layer(layer(nn.relu(x)))
+
+    spec = dict(kind="uniform", bits=8, statistic="absmax")
+    variables = ready(quantize(Twice(True), activations=spec), FLOATS)
+    assert float(variables["quantizer_stats"]["layer"]["input"]["activations"]["x_max"]) > 0
+    with pytest.raises(UserError, match="layer: is called with inputs that cannot be negative.*signed=True"):
+        quantize(Twice(False), activations=spec).init(jax.random.key(0), FLOATS)
+    rule = dict(layers="layer/input", activations=dict(signed=True))
+    quantize(Twice(False), activations=spec, rules=[rule]).init(jax.random.key(0), FLOATS)
+
+
+def test_a_quantized_model_is_not_quantized_again():
+    with pytest.raises(UserError, match="quantized already"):
+        quantize(quantize(PlainCNN()))

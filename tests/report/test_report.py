@@ -120,8 +120,8 @@ def test_weights_are_those_of_the_network(workdirs):
     run = next(run for run in read_runs(workdirs) if run.name == "mixed-seed1")
     network = inspect(run)
     costs = {cost.path: cost for cost in network.costs if cost.macs}
-    assert [layer.path for layer in network.weights] == list(costs)
-    for layer in network.weights:
+    assert [layer.path for layer in network.kernels] == list(costs)
+    for layer in network.kernels:
         assert layer.codes.size == costs[layer.path].weights
         assert layer.bits == pytest.approx(float(costs[layer.path].weight_bits))
         np.testing.assert_array_equal(layer.codes, np.round(layer.codes))

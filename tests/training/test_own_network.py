@@ -21,6 +21,8 @@ from qflax.training.workdir import load_workdir, serving
 from qflax.verify import verify
 
 SOURCE = """
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -61,6 +63,24 @@ class Remembers(nn.Module):
     def __call__(self, images, train=False):
         calls = self.variable("memory", "calls", jnp.zeros, ())
         return images[:, 0, :10, 0] + calls.value
+
+
+class Noisy(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dropout(0.5, rng_collection="noise", deterministic=not train)(images.mean((1, 2)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class OfList(nn.Module):
+    num_classes: int
+    widths: object = dataclasses.field(default_factory=lambda: {1, 2})
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return images[:, 0, :10, 0]
 
 
 class Narrow(nn.Module):
@@ -221,6 +241,8 @@ def test_dropout_draws_anew_on_every_device_and_in_every_step(make_tiny_config):
             "own_networks:Features",
             r"makes \[2, 3\] and \[2, 32, 32, 3\] of images .* make logits \[2, 10\]",
         ),
+        ("own_networks:Noisy", "cannot be called with train=True: .*noise.*drawn from quantization, dropout"),
+        ("own_networks:OfList", "an attribute of OfList cannot be hashed .*make it a tuple"),
         ("own_networks:Remembers", "has variables in memory, which training does not keep"),
         ("resnet21", "did you mean 'resnet32'.*MODULE:NAME of a Flax network of your own"),
     ],
