@@ -61,12 +61,13 @@ def filled(text: str, found: dict[tuple[str, str], list[dict]]) -> str:
 
 def summary(table: Table, found: list[list[dict]]) -> str:
     """A line per row."""
-    lines = [f"{table.title}; published figures of {table.published}.", ""]
+    accuracies = table.published
+    lines = [f"{table.title}; published figures of {table.source}.", ""]
     lines.append("| | published | top-1 | to float | epochs | file | same class as trained | accumulators |")
     lines.append("|---|---|---|---|---|---|---|---|")
     for row, results in zip(table.rows, found, strict=True):
         name = f"[{row.label}](configs/{row.config}.py)"
-        published = "" if row.published is None else f"{row.published:.2f} %"
+        published = f"{accuracies[row.label]:.2f} %" if row.label in accuracies else ""
         lines.append("| " + " | ".join((name, published, *_measured(row, results))) + " |")
     return "\n".join(line.replace("  ", " ") for line in lines)
 

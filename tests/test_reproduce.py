@@ -130,6 +130,12 @@ def test_tables_have_configurations():
         assert all((CONFIGS / f"{row.config}.py").is_file() for row in table.rows)
 
 
+def test_every_published_figure_stands_beside_a_row():
+    for table in TABLES.values():
+        assert set(table.published) <= {row.label for row in table.rows}
+        assert table.published
+
+
 def test_results_are_of_known_rows():
     for file in (ROOT / "results").glob("*.json"):
         result = json.loads(file.read_text())

@@ -29,7 +29,7 @@ class Published:
     accumulator_bits: int | None = None
 
 
-def _flax(dataset: str, model: str, unit: float, rows: dict) -> tuple[Published, ...]:
+def _resnets(dataset: str, model: str, unit: float, rows: dict) -> tuple[Published, ...]:
     return tuple(
         Published(
             source=FLAX_RESNETS,
@@ -43,15 +43,9 @@ def _flax(dataset: str, model: str, unit: float, rows: dict) -> tuple[Published,
     )
 
 
-def _resnet18(source: str, label: str, accuracy: float, bits: int | None = None) -> Published:
-    return Published(
-        source=source,
-        dataset="cifar10",
-        model="resnet18",
-        label=label,
-        accuracy=accuracy,
-        accumulator_bits=bits,
-    )
+def _resnet18(source: str, label: str, accuracy: float, accumulator_bits: int | None = None) -> Published:
+    row = {"source": source, "label": label, "accuracy": accuracy, "accumulator_bits": accumulator_bits}
+    return Published(dataset="cifar10", model="resnet18", **row)
 
 
 def _a2q(variant: str, *accuracies: float) -> tuple[Published, ...]:
@@ -62,7 +56,7 @@ def _a2q(variant: str, *accuracies: float) -> tuple[Published, ...]:
 
 
 PUBLISHED = (
-    *_flax(
+    *_resnets(
         "cifar10",
         "resnet20",
         1e3,
@@ -75,7 +69,7 @@ PUBLISHED = (
             "MIXED QAT": (70, 93.51),
         },
     ),
-    *_flax(
+    *_resnets(
         "imagenet2012",
         "resnet18",
         1e6,
@@ -95,3 +89,9 @@ PUBLISHED = (
     _resnet18(BREVITAS_MINIFLOAT, "w8a8 e4m3", 93.09),
     _resnet18(BREVITAS_MINIFLOAT, "w5a5 e3m1", 90.69),
 )
+
+
+def published_accuracies(source: str, dataset: str) -> dict[str, float]:
+    """Top-1 in percent of each row of a source that gives it, by the row's label."""
+    rows = (p for p in PUBLISHED if (p.source, p.dataset) == (source, dataset))
+    return {p.label: p.accuracy for p in rows if p.accuracy is not None}
