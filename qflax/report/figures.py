@@ -49,7 +49,6 @@ def accuracy_against_size(groups: Sequence[Group], published: Sequence[Published
     # One that is far below would leave no room for differences between ours.
     bottom = max(0.0, lowest - max(5.0, 0.5 * (max([best, *(p.accuracy for p in shown)]) - lowest)))
     if shown:
-        axes.set_ylim(bottom=bottom)
         marks = [("o", [p for p in shown if p.accuracy >= bottom])]
         marks.append(("v", [p for p in shown if p.accuracy < bottom]))
         for mark, rows in marks:
@@ -67,6 +66,7 @@ def accuracy_against_size(groups: Sequence[Group], published: Sequence[Published
                 text = p.label if mark == "o" else f"{p.label} {p.accuracy:g} %"
                 at = (p.kib, max(p.accuracy, bottom))
                 axes.annotate(text, at, (4, 4), textcoords="offset points", color=FAINT, fontsize=7.5)
+        axes.set_ylim(bottom=bottom)  # At last: it ends the scaling to what is drawn.
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlabel("weights (KiB)")
@@ -103,6 +103,7 @@ def accuracy_against_accumulator(groups: Sequence[Group], published: Sequence[Pu
             label=f"{variant}, published: {rows[0].source}",
         )
     axes.set_xlabel("accumulator (bits)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.legend(fontsize=8)
     return figure
@@ -192,6 +193,7 @@ def accumulators(costs: Sequence[LayerCost], allowed: int | None) -> Figure | No
         axes.axhline(allowed, color=COLOURS[1], linestyle="--", label=f"allowed ({allowed})")
     name_layers(axes, [cost.path for cost in layers])
     axes.set_ylabel("accumulator (bits)")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside upper right", ncols=4, fontsize=8)
     return figure
 

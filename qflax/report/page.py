@@ -5,7 +5,7 @@ import io
 import math
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jinja2
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from qflax.errors import UserError, require
 from qflax.files import write_atomically
 from qflax.report import figures
-from qflax.report.network import inspect
+from qflax.report.network import file_bytes, inspect
 from qflax.report.predictions import predict
 from qflax.report.published import PUBLISHED
 from qflax.report.runs import Group, Run, groups_of, read_runs
@@ -57,8 +57,8 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     page = _Page(output, say)
     groups = groups_of(runs)
-    networks = [page.network(own) for own in _by_network(groups)]
     details = [page.details(run, test_images, data_dir) for group in groups for run in group.runs]
+    networks = [page.network(own) for own in _by_network(groups)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(networks=networks, runs=details, number=len(runs))
@@ -78,6 +78,7 @@ class _Page:
 
     def __init__(self, folder: pathlib.Path, say: Callable[[str], None]):
         self._folder, self._say = folder, say
+        self._file_bytes = {}  # Name of a run -> size of its packed file.
 
     def network(self, groups: Sequence[Group]) -> dict:
         """The runs of one network on one data set."""
@@ -100,7 +101,7 @@ class _Page:
         ]
         return {
             "title": f"{config.model} on {config.dataset}",
-            "rows": [_row(group) for group in groups],
+            "rows": [_row(group, self._file_bytes) for group in groups],
             "plots": [plot for plot in plots if plot],
         }
 
@@ -132,6 +133,10 @@ class _Page:
                 ),
                 ("weights", figures.weight_histograms(network.kernels), f"Weights on their grids. {step}"),
             ]
+            try:
+                self._file_bytes[run.name] = file_bytes(run)
+            except UserError as error:
+                notes.append(f"No size of its file: {error}.")
         if test_images and run.result:
             plots += self._of_test_images(run, data_dir, notes)
         for note in notes:
@@ -179,31 +184,33 @@ class _Page:
         return {"data": data, "file": file.name, "text": text, "sources": ", ".join(sources)}
 
 
-def _row(group: Group) -> dict[str, str]:
+def _row(group: Group, file_bytes: Mapping[str, int]) -> dict[str, str]:
     """A line of the table."""
     run = group.first
     origin = run.starts[-1] if run.starts else {}
     steps = [row["step"] for row in run.rows("train")]
-    state = "" if run.result else f"step {max(steps, default=0):,}, not ended"
+    files = [file_bytes[run.name] for run in group.runs if run.name in file_bytes]
+    state = "" if run.result else f"at step {max(steps, default=0):,}"
     return {
         "name": group.label,
         "seeds": str(sum(bool(run.result) for run in group.runs)),
-        "accuracy": _spread(100 * group.values("test_accuracy"), "%") or state,
+        "accuracy": _spread(100 * group.values("test_accuracy")) or state,
         "difference": "" if group.difference is None else f"{100 * group.difference:+.2f}",
-        "size": _spread(group.values("weight_bytes") / 1024, " KiB"),
-        "operations": _spread(group.values("bit_operations") / 1e9, ""),
+        "size": _spread(group.values("weight_bytes") / 1024),
+        "file": _spread(np.array(files) / 1024),
+        "operations": _spread(group.values("bit_operations") / 1e9),
         "accumulator": "/".join(f"{bits:g}" for bits in np.unique(group.values("accumulator_bits"))),
-        "epochs": _spread(group.values("epochs"), ""),
-        "minutes": _spread(group.values("train_seconds") / 60, ""),
+        "epochs": _spread(group.values("epochs")),
+        "minutes": _spread(group.values("ptq_seconds" if "recipe" in run.result else "train_seconds") / 60),
         "hardware": str(origin.get("processor" if "cpu" in origin.get("device", "") else "device", "")),
         "commit": str(origin.get("commit", ""))[:7],
         "command": str(origin.get("command", "")),
     }
 
 
-def _spread(values: np.ndarray, unit: str) -> str:
+def _spread(values: np.ndarray) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
     if not values.size or not math.isfinite(values.mean()):
         return ""
     mean = f"{values.mean():,.2f}" if values.mean() < 100 else f"{values.mean():,.1f}"
-    return f"{mean}{unit}" if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.2f}{unit}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.2f}"

@@ -72,6 +72,7 @@ def layer_widths(costs: Sequence[LayerCost]) -> Figure | None:
         axes.bar(at + shift, bits, 0.4, color=colour, hatch=hatch, edgecolor="white", label=label)
     name_layers(axes, [cost.path for cost in layers])
     axes.set_ylabel("bits (32: float)")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside upper right", ncols=2)
     return figure
 
