@@ -21,9 +21,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 # TensorBoard shows groups in the order of their names: whether it learns, how fast, how big, then the rest.
 _LEARNING, _SPEED, _SIZE, _TRAINING = "1_learning", "2_speed", "3_size", "4_training"
-_OUTCOMES = ("loss", "accuracy", "top5_accuracy")
+_OUTCOMES = ("loss", "accuracy")
 _SPEEDS = ("images_per_second", "seconds")
-FINAL_ACCURACY = f"{_LEARNING}/accuracy_test"
 _MOST_IN_HISTOGRAM = 1 << 16
 
 
@@ -92,9 +91,14 @@ class Logs:
                 self._board.add_image("bits_along_the_network", pixels(figure), step, dataformats="HWC")
 
     def conclude(self, fields: Mapping[str, object]) -> None:
-        """Writes the configuration's numbers and names beside the final accuracy, for the tab HParams."""
+        """Writes the configuration's numbers and names for the tab HParams.
+
+        Left out is the summary of the experiment, of which TensorBoard takes any run's for all: without it, it
+        shows what differs between the runs first, and the final accuracy as the first of the outcomes.
+        """
         plain = {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str)}
-        for summary in hparams(plain, {FINAL_ACCURACY: None}):
+        _, start, end = hparams(plain, {})
+        for summary in (start, end):
             self._board.file_writer.add_summary(summary)
 
     def close(self) -> None:
@@ -111,6 +115,8 @@ def _tag(group: str, name: str) -> str:
     if group in ("train", "validation", "test"):
         if name in _OUTCOMES:
             return f"{_LEARNING}/{name}_{group}"
+        if group != "train":
+            return f"{_TRAINING}/{name}_{group}"
         return f"{_SPEED if name in _SPEEDS else _TRAINING}/{name}"
     return f"{_SIZE if group == 'size' else group}/{name}"
 
