@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import ml_collections
 import numpy as np
 
 from benchmarks.proof import prove
@@ -36,9 +37,9 @@ from qflax import cli, cpu
 from qflax.errors import Interrupted, require
 
 RESULTS = pathlib.Path("results")
-_LEFT = 30  # Seconds before the end of --minutes at which it is asked to stop, for what it is doing.
+LEFT = 30  # Seconds before the end of --minutes at which it is asked to stop, for what it is doing.
 _FILE = "network.packed"
-_ORIGIN = ("device", "processor", "settings", "python", "versions", "commit")
+ORIGIN = ("device", "processor", "settings", "python", "versions", "commit")
 _PATHS = ("data_dir", "init_from")  # Differ from machine to machine.
 
 
@@ -51,19 +52,31 @@ def main() -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--table", required=True, choices=TABLES)
+    parser = row_parser(__doc__)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="all by default")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which it stops")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the schedules' lengths")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the JSON files")
-    options, options.changes = parser.parse_known_args(arguments)
+    options = parse_rows(parser, arguments)
     known = [row.name for row in TABLES[options.table].rows]
     for name in options.rows or ():
         if name not in known:
             parser.error(f"--rows: no {name!r} in {options.table}; choices: {', '.join(known)}")
+    return options
+
+
+def row_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of what all that trains rows is told."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--table", required=True, choices=TABLES)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which it stops")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the schedules' lengths")
+    return parser
+
+
+def parse_rows(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a `row_parser`; what it does not know are the `changes` of the configurations."""
+    options, options.changes = parser.parse_known_args(arguments)
     for name, bound in (("seeds", 1), ("minutes", 1), ("scale", 1e-6)):
         if not getattr(options, name) >= bound:
             parser.error(f"--{name}: must be at least {bound}")
@@ -84,13 +97,13 @@ def reproduce(options: argparse.Namespace) -> None:
     chosen = [row for row in rows if row.name in (options.rows or [row.name])]
     wanted = [_Result(options, row, seed) for seed in range(options.seeds) for row in chosen]
     missing = [result for result in wanted if not result.is_there()]
-    runtime.configure(_config(options, rows[0], 0).batch_size)
+    runtime.configure(row_config(options, rows[0], 0).batch_size)
     options.results.mkdir(parents=True, exist_ok=True)
-    end, proof = time.monotonic() + 60 * options.minutes - _LEFT, None
+    end, proof = time.monotonic() + 60 * options.minutes - LEFT, None
     with (
         Interruption() as interruption,
         interruption.at_once(),
-        _deadline(end),
+        deadline(end),
         contextlib.ExitStack() as proofs,
     ):
         for result in missing:
@@ -115,8 +128,8 @@ class _Result:
         self.options, self.row, self.seed = options, row, seed
         self.name = f"{options.table}-{row.name}-seed{seed}"
         self.file = options.results / f"{self.name}.json"
-        self.config = _config(options, row, seed)
-        self.workdir = _workdir(options, row, seed)
+        self.config = row_config(options, row, seed)
+        self.workdir = row_workdir(options, row, seed)
         self.fields = {}
 
     def is_there(self) -> bool:
@@ -132,7 +145,7 @@ class _Result:
             f"{self.file}: has a schedule of {result['scale']:g} times the recipe's, longer than --scale="
             f"{scale:g}; choose another --results, or delete it",
         )
-        differing = config_lib.differences(_portable(self.config), result["config"])
+        differing = config_lib.differences(portable(self.config), result["config"])
         if result["scale"] < scale or differing:
             print(f"{self.file}: will be replaced ({'; '.join(differing) or 'its schedule is shorter'})")
             return False
@@ -164,7 +177,7 @@ class _Result:
     def record(self) -> None:
         """Writes what the workdir has."""
         result = _load(self.workdir)
-        teacher = _workdir(self.options, TABLES[self.options.table].rows[0], self.seed)
+        teacher = row_workdir(self.options, TABLES[self.options.table].rows[0], self.seed)
         seconds = result["train_seconds"] if self.row.trained else result["ptq_seconds"]
         self.fields = {
             "table": self.options.table,
@@ -180,9 +193,9 @@ class _Result:
             "missed_size_targets": result.get("missed_size_targets", []),
             "file_bytes": None,
             "verification": None,
-            **{name: result[name] for name in _ORIGIN},
+            **{name: result[name] for name in ORIGIN},
             "command": shlex.join(["python", "-m", "benchmarks.reproduce", *sys.argv[1:]]),
-            "config": _portable(self.config),
+            "config": portable(self.config),
         }
         self.save()
         print(f"{self.name}: top-1 {self.fields['top1']:.2%}", flush=True)
@@ -234,7 +247,12 @@ class _Proof(contextlib.AbstractContextManager):
         self._process.terminate()
 
 
-def _config(options: argparse.Namespace, row: Row, seed: int):
+def row_config(options: argparse.Namespace, row: Row, seed: int) -> ml_collections.ConfigDict:
+    """What a row trains: its configuration with the options' changes, and its schedule shortened.
+
+    Raises:
+      UserError: a change does not fit.
+    """
     from qflax import config as config_lib
     from qflax import config_file
 
@@ -246,17 +264,18 @@ def _config(options: argparse.Namespace, row: Row, seed: int):
     config.milestone_epochs = tuple(epoch * ratio for epoch in config.milestone_epochs)
     first = TABLES[options.table].rows[0]
     if row is not first:
-        config.init_from = str(_workdir(options, first, seed))
+        config.init_from = str(row_workdir(options, first, seed))
     config = config.copy_and_resolve_references()
     config_lib.validate(config)
     return config
 
 
-def _workdir(options: argparse.Namespace, row: Row, seed: int) -> pathlib.Path:
+def row_workdir(options: argparse.Namespace, row: Row, seed: int) -> pathlib.Path:
+    """Where a row is trained."""
     return options.workdir / f"{options.table}-{options.scale:g}" / f"{row.name}-seed{seed}"
 
 
-def _portable(config) -> dict:
+def portable(config: ml_collections.ConfigDict) -> dict[str, object]:
     """The fields that make the run, but for paths."""
     from qflax import config as config_lib
 
@@ -273,7 +292,7 @@ def _load(workdir: pathlib.Path) -> dict:
 
 
 @contextlib.contextmanager
-def _deadline(end: float) -> Iterator[None]:
+def deadline(end: float) -> Iterator[None]:
     """At that time it is asked to stop, as a scheduler would."""
     seconds = min(end - time.monotonic(), threading.TIMEOUT_MAX)
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Makes the tables of README.md and docs/results.md from the files in results/.
+"""Makes the tables of README.md, docs/results.md and docs/recipes.md from the files in results/.
 
 python -m benchmarks.results [--check]
 """
@@ -16,6 +16,7 @@ from qflax import config_file
 from qflax.files import write_atomically
 
 ROOT = CONFIGS.parent
+DOCUMENTS = ("README.md", "docs/results.md", "docs/recipes.md")
 _MARK = re.compile(r"(<!-- (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,11 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if tables are old")
     options = parser.parse_args()
-    found = load(ROOT / "results")
-    for name in ("README.md", "docs/results.md"):
+    found, tried = load(ROOT / "results"), load(ROOT / "results/tuning")
+    for name in DOCUMENTS:
         file = ROOT / name
         old = file.read_text()
-        new = filled(old, found)
+        new = filled(old, found, tried)
         if options.check and new != old:
             sys.exit(f"{name}: its tables are not of results/; run python -m benchmarks.results")
         if new != old:
@@ -44,17 +45,17 @@ def load(folder: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
     return {key: sorted(results, key=lambda result: result["seed"]) for key, results in found.items()}
 
 
-def filled(text: str, found: dict[tuple[str, str], list[dict]]) -> str:
+def filled(text: str, found: dict[tuple[str, str], list[dict]], tried: dict) -> str:
     """The text with all that is between marks, `<!-- summary: TABLE -->` and `<!-- end -->`, made anew.
 
-    `summary` has a line per row, `details` one per row and seed.
+    `summary` has a line per row, `details` one per row and seed, `tuning` one per row and change.
     """
-    made = {"summary": summary, "details": details}
+    made = {"summary": (summary, found), "details": (details, found), "tuning": (tuning, tried)}
 
     def block(match: re.Match) -> str:
         start, kind, name, end = match.groups()
-        table = TABLES[name]
-        return f"{start}{made[kind](table, [found.get((name, row.name), []) for row in table.rows])}\n{end}"
+        table, (make, results) = TABLES[name], made[kind]
+        return f"{start}{make(table, [results.get((name, row.name), []) for row in table.rows])}\n{end}"
 
     return _MARK.sub(block, text)
 
@@ -77,9 +78,7 @@ def _measured(row: Row, results: list[dict]) -> tuple[str, ...]:
     if not results:
         return ("",) * 6
     top1 = [result["top1"] for result in results]
-    accuracy = f"{statistics.mean(top1):.2%}".replace("%", " %")
-    if len(top1) > 1:
-        accuracy += f" ± {100 * statistics.stdev(top1):.2f} ({len(top1)} seeds)"
+    accuracy = _mean(top1)
     difference = statistics.mean(100 * (result["top1"] - result["float_top1"]) for result in results)
     to_float = (
         f"{difference:+.2f}" if any(result["top1"] != result["float_top1"] for result in results) else ""
@@ -122,9 +121,49 @@ def details(table: Table, found: list[list[dict]]) -> str:
                 f"| {size} | {_commit(result)} |"
             )
             origins[_origin(result), result["command"]].append(row.label)
-    for (origin, command), rows in origins.items():
-        lines += ["", f"{', '.join(dict.fromkeys(rows))}: {origin}; `{command}`"]
+    lines += _made_by(origins)
     return "\n".join(lines) if len(lines) > 2 else "Nothing yet."
+
+
+def tuning(table: Table, tried: list[list[dict]]) -> str:
+    """A line per row and change, beside the recipe as it is, then how they were made."""
+    lines = ["| | changed | top-1 on held-out training images | to the recipe | epochs | weights |"]
+    lines.append("|---|---|---|---|---|---|")
+    origins = collections.defaultdict(list)
+    for row, trials in zip(table.rows, tried, strict=True):
+        by_change = collections.defaultdict(list)
+        for trial in trials:
+            by_change[trial["scale"], trial["change"]].append(trial)
+            origins[_origin(trial), trial["command"]].append(row.label)
+        for (scale, change), own in sorted(by_change.items()):
+            top1 = {trial["seed"]: trial["validation_top1"] for trial in own}
+            recipe = {trial["seed"]: trial["validation_top1"] for trial in by_change[scale, ""]}
+            changes = ", ".join(f"`{part}`" for part in change.split()) or "nothing"
+            kib = max(trial["weight_bytes"] for trial in own) / 1024
+            differences = [100 * (top1[seed] - recipe[seed]) for seed in top1 if seed in recipe]
+            difference = f"{statistics.mean(differences):+.2f}" if change and differences else ""
+            lines.append(
+                f"| {row.label} | {changes} | {_mean(list(top1.values()))} | {difference} "
+                f"| {_epochs(row, own)} | {kib:,.1f} KiB |"
+            )
+    lines += _made_by(origins)
+    return "\n".join(lines) if len(lines) > 2 else "Nothing yet."
+
+
+def _mean(accuracies: list[float]) -> str:
+    """In percent, with the standard deviation where there are several."""
+    mean = f"{statistics.mean(accuracies):.2%}".replace("%", " %")
+    if len(accuracies) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
+
+
+def _made_by(origins: dict[tuple[str, str], list[str]]) -> list[str]:
+    return [
+        line
+        for (origin, command), rows in origins.items()
+        for line in ("", f"{', '.join(dict.fromkeys(rows))}: {origin}; `{command}`")
+    ]
 
 
 def _commit(result: dict) -> str:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import reproduce, results
+from benchmarks import reproduce, results, tune
 from benchmarks.tables import CONFIGS, TABLES
 from qflax.errors import Interrupted, UserError
 from qflax.training.interruption import Interruption
@@ -84,7 +84,7 @@ def row(name):
 
 
 def test_time_is_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "_LEFT", 61)
+    monkeypatch.setattr(reproduce, "LEFT", 61)
     folders = (f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
     with pytest.raises(Interrupted):
         reproduce.reproduce(options("--rows", "fp32", "--minutes=1", *folders, *SMALL))
@@ -92,7 +92,7 @@ def test_time_is_up(tmp_path, monkeypatch):
 
 
 def test_deadline_asks_to_stop():
-    with Interruption() as interruption, reproduce._deadline(time.monotonic() + 0.1):
+    with Interruption() as interruption, reproduce.deadline(time.monotonic() + 0.1):
         for _ in range(100):
             time.sleep(0.05)
             if interruption.requested:
@@ -100,19 +100,66 @@ def test_deadline_asks_to_stop():
     assert interruption.requested == "SIGTERM"
 
 
+def test_changes_are_compared_on_held_out_images(tmp_path, monkeypatch):
+    folders = (f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
+    common = (*folders, *SMALL, "--config.validation_examples=200")
+    change = "--try=learning_rate=0.5 weights.bits=8"
+    chosen = tune.parse(["--table=resnet20", "--row=int4_qat", change, *common])
+    tune.tune(chosen)
+    made = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "results").iterdir()}
+    names = ("recipe", "learning_rate=0.5-weights.bits=8")
+    assert set(made) == {f"resnet20-int4_qat-{name}-seed0" for name in names}
+    sizes = {trial["config"]["learning_rate"]: trial["weight_bytes"] for trial in made.values()}
+    biases = 4 * 10
+    assert set(sizes) == {0.01, 0.5} and sizes[0.5] - biases == 2 * (sizes[0.01] - biases)
+    for trial in made.values():
+        assert round(trial["validation_top1"] * 200, 3) in range(201)
+        assert trial["config"]["validation_examples"] == 200 and not [key for key in trial if "test" in key]
+    floats = json.loads((tmp_path / "runs/resnet20-1/fp32-seed0/config.json").read_text())
+    assert (floats["validation_examples"], floats["learning_rate"]) == (200, 0.1)
+
+    # The same again trains nothing, and nothing is taken for another recipe's.
+    monkeypatch.setattr("qflax.training.train", lambda *_: pytest.fail("trained again"))
+    tune.tune(chosen)
+    chosen.changes.append("--config.momentum=0.8")
+    with pytest.raises(UserError, match=r"recipe-seed0.json: was made of another recipe \(momentum was 0.9"):
+        tune.tune(chosen)
+
+
+def test_table_of_changes():
+    trial = dict(scale=0.1, epochs=16.0, weight_bytes=2048, device="1 x gpu", processor="x", python="3")
+    trial |= dict(versions={"jax": "1", "flax": "2"}, command="python -m benchmarks.tune")
+    recipe = [trial | dict(change="", seed=seed, validation_top1=0.90 + 0.02 * seed) for seed in (0, 1)]
+    other = [trial | dict(change="a=1 b=2", seed=1, validation_top1=0.93)]
+    text = results.tuning(TABLES["resnet20"], [[], [], [], [], recipe + other, []])
+    assert text.splitlines()[2:] == [
+        "| INT4 QAT | nothing | 91.00 % ± 1.41 (2 seeds) |  | 16 of 160, shortened | 2.0 KiB |",
+        "| INT4 QAT | `a=1`, `b=2` | 93.00 % | +1.00 | 16 of 160, shortened | 2.0 KiB |",
+        "",
+        "INT4 QAT: 1 x gpu of x, Python 3, jax 1, flax 2; `python -m benchmarks.tune`",
+    ]
+    assert results.tuning(TABLES["resnet20"], [[]] * 6) == "Nothing yet."
+
+
+def test_rows_without_training_are_not_tuned(capsys):
+    with pytest.raises(SystemExit):
+        tune.parse(["--table=resnet20", "--row=int8_ptq"])
+    assert "error: --row: no 'int8_ptq' is trained in resnet20; choices: fp32, " in capsys.readouterr().err
+
+
 def test_schedules_are_shortened():
-    config = reproduce._config(options("--scale=0.1"), *row("fp32"))
+    config = reproduce.row_config(options("--scale=0.1"), *row("fp32"))
     assert (config.num_epochs, config.warmup_epochs) == (16.0, 0.5)
-    assert reproduce._config(options("--scale=0.001"), *row("fp32")).num_epochs == 1.0
+    assert reproduce.row_config(options("--scale=0.001"), *row("fp32")).num_epochs == 1.0
     steps = ("--scale=0.5", "--config.schedule=step", "--config.milestone_epochs=(50.0,100.0)")
-    assert reproduce._config(options(*steps), *row("fp32")).milestone_epochs == (25.0, 50.0)
+    assert reproduce.row_config(options(*steps), *row("fp32")).milestone_epochs == (25.0, 50.0)
 
 
 def test_rows_start_from_the_float_network_of_their_seed():
-    config = reproduce._config(options("--workdir=x"), row("int4_qat")[0], 2)
+    config = reproduce.row_config(options("--workdir=x"), row("int4_qat")[0], 2)
     assert config.init_from == "x/resnet20-1/fp32-seed2" and config.seed == 2
     first, a2q = TABLES["a2q"].rows[:2]
-    config = reproduce._config(reproduce.parse(["--table=a2q"]), a2q, 0)
+    config = reproduce.row_config(reproduce.parse(["--table=a2q"]), a2q, 0)
     assert config.distillation.teacher == config.init_from
 
 
@@ -144,11 +191,12 @@ def test_results_are_of_known_rows():
         assert "+" not in result["commit"], "made of files that are in no commit"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("name", results.DOCUMENTS)
 def test_documents_agree_with_the_results(name):
-    text = (ROOT / name).read_text()
-    assert results.filled(text, results.load(ROOT / "results")) == text, "run python -m benchmarks.results"
-    assert re.findall(r"<!-- \w+: (\w+) -->", text) == list(TABLES)
+    text, found = (ROOT / name).read_text(), (ROOT / "results", ROOT / "results/tuning")
+    assert results.filled(text, *map(results.load, found)) == text, "run python -m benchmarks.results"
+    named = re.findall(r"<!-- \w+: (\w+) -->", text)
+    assert named == (["resnet20"] if name == "docs/recipes.md" else list(TABLES))
 
 
 def test_summary_over_seeds():

@@ -93,8 +93,8 @@ class Logs:
     def conclude(self, fields: Mapping[str, object]) -> None:
         """Writes the configuration's numbers and names for the tab HParams.
 
-        Left out is the summary of the experiment, of which TensorBoard takes any run's for all: without it, it
-        shows what differs between the runs first, and the final accuracy as the first of the outcomes.
+        Left out is the summary of the experiment, of which TensorBoard takes any run's for all: without it,
+        it shows what differs between the runs first, and the final accuracy as the first of the outcomes.
         """
         plain = {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str)}
         _, start, end = hparams(plain, {})
