@@ -3,7 +3,7 @@
 from qflax.layers.accumulation import Accumulation
 from qflax.layers.activation import Activation, Quantize
 from qflax.layers.conv import Conv, ConvTranspose
-from qflax.layers.cost import COST, LayerCost, layer_costs, sizes, sown_costs
+from qflax.layers.cost import COST, LayerCost, cost_function, layer_costs, sizes, sown_costs
 from qflax.layers.dense import Dense, DenseGeneral, Einsum
 from qflax.layers.norm import BatchNorm
 from qflax.layers.pool import AveragePool, MaxPool
@@ -26,6 +26,7 @@ __all__ = [
     "MaxPool",
     "Product",
     "Quantize",
+    "cost_function",
     "layer_costs",
     "sizes",
     "sown_costs",

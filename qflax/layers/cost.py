@@ -1,12 +1,11 @@
 """What a layer costs: parameters, bits, operations. Layers report it, nothing recomputes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qflax.layers.accumulation import Accumulation
 
@@ -105,12 +104,21 @@ def layer_costs(model: nn.Module, variables: Mapping, example: jax.Array, **call
       example: input [1, ...]; its values do not matter.
       **call: arguments of the model, such as `train=False`.
     """
+    return cost_function(model, example, **call)(variables)
+
+
+def cost_function(model: nn.Module, example: jax.Array, **call) -> Callable[[Mapping], tuple[LayerCost, ...]]:
+    """`layer_costs` as a function of the variables, which is compiled once."""
 
     def forward(variables):
         return sown_costs(model.apply(variables, example, mutable=[COST], **call)[1])
 
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables))
-    # Under jit only what the bits depend on is computed.
-    costs = jax.eval_shape(forward, variables) if abstract else jax.jit(forward)(variables)
-    # As Python numbers: products of int32 would overflow.
-    return costs if abstract else jax.tree.map(lambda x: x.item() if x.ndim == 0 else np.asarray(x), costs)
+    compiled = jax.jit(forward)  # So that only what the bits depend on is computed.
+
+    def costs_of(variables):
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
+            return jax.eval_shape(forward, variables)
+        # As Python numbers: products of int32 would overflow.
+        return jax.tree.map(lambda x: x.item() if x.ndim == 0 else x, jax.device_get(compiled(variables)))
+
+    return costs_of

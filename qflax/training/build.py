@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from qflax.cpu import available_cores
 from qflax.data import Crop, DataFormat, data_format
 from qflax.data.augment import Augmentation
 from qflax.errors import UserError, one_line, require
-from qflax.layers import LayerCost, layer_costs
+from qflax.layers import LayerCost, cost_function
 from qflax.models import build_model, build_own_model, is_own
 from qflax.quantizers import FLOAT, STATISTICS, Quantization, quantization_from_config
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
@@ -96,8 +96,12 @@ def float_model(config: ml_collections.ConfigDict, *, immediate: bool = False) -
 
 def measure_costs(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[LayerCost, ...]:
     """Costs of all layers; `variables` may be abstract."""
-    example = np.zeros((1, *image_format(config).image_shape), np.float32)
-    return layer_costs(model(config), variables, example, train=False)
+    return _cost_function(model(config), image_format(config).image_shape)(variables)
+
+
+@functools.lru_cache(maxsize=4)  # It is called at every evaluation.
+def _cost_function(network: nn.Module, image_shape: tuple[int, ...]) -> Callable:
+    return cost_function(network, np.zeros((1, *image_shape), np.float32), train=False)
 
 
 def check_network(config: ml_collections.ConfigDict) -> None:

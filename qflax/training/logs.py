@@ -57,6 +57,7 @@ class Logs:
         self._board = tensorboardX.SummaryWriter(
             str(workdir / TENSORBOARD_FOLDER), purge_step=logged_step + 1, flush_secs=30
         )
+        self._drawn = (), None  # Widths, and their picture.
 
     def write(self, step: int, scalars: Mapping[str, float], group: str) -> None:
         """Writes scalars at a step: one line in `metrics.jsonl`, and in TensorBoard by what they are about.
@@ -86,9 +87,12 @@ class Logs:
         if kernels and importlib.util.find_spec("matplotlib"):
             from qflax.training.plots import layer_widths, pixels
 
-            figure = layer_widths(costs)
-            if figure is not None:
-                self._board.add_image("bits_along_the_network", pixels(figure), step, dataformats="HWC")
+            widths = tuple((float(cost.weight_bits), float(cost.input_bits)) for cost in costs)
+            if widths != self._drawn[0]:  # To draw is the slowest of all that is logged.
+                figure = layer_widths(costs)
+                self._drawn = widths, None if figure is None else pixels(figure)
+            if self._drawn[1] is not None:
+                self._board.add_image("bits_along_the_network", self._drawn[1], step, dataformats="HWC")
 
     def conclude(self, fields: Mapping[str, object]) -> None:
         """Writes the configuration's numbers and names for the tab HParams.

@@ -53,6 +53,32 @@ def test_steps_move_nothing_between_host_and_devices(tiny_config, tmp_path, monk
         guard("allow")
 
 
+def test_later_evaluations_compile_nothing(tiny_config, tmp_path, monkeypatch):
+    evaluate, log, counts, compiled = loop.Trainer._attend, loop.Trainer._log_and_save, [], []
+
+    def attend(self, *arguments):
+        del compiled[:]
+        evaluate(self, *arguments)
+
+    def log_and_save(self, *arguments):
+        log(self, *arguments)
+        counts.append(len(compiled))
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    monkeypatch.setattr(loop.Trainer, "_attend", attend)
+    monkeypatch.setattr(loop.Trainer, "_log_and_save", log_and_save)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        tiny_config.eval_every_epochs = 3 * tiny_config.batch_size / 1337
+        train(tiny_config, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(counts) >= 4 and counts[0] > 0 and not any(counts[1:])
+
+
 def changed(config, accumulator_bits, factor):
     """The configuration with other numbers."""
     weights = dict(kind="accumulator_aware", bits=4, accumulator_bits=accumulator_bits)
