@@ -3,11 +3,14 @@
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from qflax.deploy.exporting import export
 from qflax.layers import LayerCost
+from qflax.quantizers import STATISTICS
 from qflax.report.runs import Run
 from qflax.training import build
 from qflax.training.kernels import LayerKernel, layer_kernels
@@ -22,11 +25,19 @@ class Network:
       step: of its checkpoint.
       costs: of the layers.
       kernels: of the layers whose kernels are quantized.
+      allowed: path of a layer with accumulator-aware weights -> bits that its accumulator has.
     """
 
     step: int
     costs: tuple[LayerCost, ...]
     kernels: tuple[LayerKernel, ...]
+    allowed: Mapping[str, int]
+
+    @property
+    def bounded_bits(self) -> int | None:
+        """Accumulator bits that the layers with accumulator-aware weights need; None without any."""
+        bounded = [cost for cost in self.costs if cost.path in self.allowed and cost.accumulation is not None]
+        return max((cost.accumulation.exact_bits for cost in bounded), default=None)
 
 
 def inspect(run: Run) -> Network:
@@ -41,7 +52,17 @@ def inspect(run: Run) -> Network:
         step=int(state.step),
         costs=build.measure_costs(config, served),
         kernels=layer_kernels(build.model(config), served, build.image_format(config).image_shape),
+        allowed=_allowed(served),
     )
+
+
+def _allowed(variables: Mapping) -> dict[str, int]:
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(STATISTICS, {})):
+        *layer, _, name = (str(key.key) for key in path)
+        if name == "accumulator_bits":
+            found["/".join(layer)] = int(np.max(leaf))
+    return found
 
 
 def file_bytes(run: Run) -> int:

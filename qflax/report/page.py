@@ -1,11 +1,13 @@
 """The page: one HTML file that needs no other, and its plots as PNG files."""
 
 import base64
+import hashlib
 import io
+import itertools
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jinja2
 import numpy as np
@@ -14,14 +16,15 @@ from matplotlib.figure import Figure
 from qflax.errors import UserError, require
 from qflax.files import write_atomically
 from qflax.report import figures
-from qflax.report.network import file_bytes, inspect
+from qflax.report.network import Network, file_bytes, inspect
 from qflax.report.predictions import predict
 from qflax.report.published import PUBLISHED
-from qflax.report.runs import Group, Run, groups_of, read_runs
+from qflax.report.runs import Group, Run, groups_of, is_workdir, read_runs
 from qflax.training.plots import layer_widths
 
 PAGE = "index.html"
 _DPI = 110
+_LONGEST_NAME = 100
 _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -48,29 +51,51 @@ def write_report(
     Raises:
       UserError: a workdir is none or damaged; the folder holds something else.
     """
-    require(bool(workdirs), "no workdirs given; name the folders of some runs")
-    runs = read_runs(workdirs)
+    begun = [folder for folder in workdirs if is_workdir(folder)]
+    runs = read_runs(begun or workdirs)  # Without any, the first is told of.
+    for folder in workdirs:
+        if folder not in begun:
+            say(f"{folder}: left out: not a workdir, or a run is about to begin there")
     require(
         not output.exists() or (output.is_dir() and (not any(output.iterdir()) or (output / PAGE).exists())),
         f"{output}: holds something that is no report; choose another --output",
     )
     output.mkdir(parents=True, exist_ok=True)
+    _clear(output)
     page = _Page(output, say)
     groups = groups_of(runs)
     details = [page.details(run, test_images, data_dir) for group in groups for run in group.runs]
-    networks = [page.network(own) for own in _by_network(groups)]
+    networks = [page.network(title, own) for title, own in _by_network(groups).items()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(networks=networks, runs=details, number=len(runs))
-    write_atomically(output / PAGE, text)
+    write_atomically(output / PAGE, text.encode("utf-8", "backslashreplace"))
     return output / PAGE
 
 
-def _by_network(groups: Sequence[Group]) -> list[list[Group]]:
+def _clear(output: pathlib.Path) -> None:
+    """Takes out the plots that an earlier page names, and leaves a page by which the folder is known."""
+    page = output / PAGE
+    named = (
+        re.findall(r"Also in ([\w.+-]+\.png)\.", page.read_text(errors="replace")) if page.exists() else []
+    )
+    for name in named:
+        (output / name).unlink(missing_ok=True)
+    write_atomically(page, "It is being made.\n")
+
+
+def _by_network(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Title -> the groups of one network; a title says what tells it from others of its name."""
     parts = {}
     for group in groups:
         parts.setdefault(group.first.network, []).append(group)
-    return list(parts.values())
+    titles = {}
+    for network, own in parts.items():
+        dataset, model, *details = network
+        alike = [other[2:] for other in parts if other[:2] == network[:2]]
+        telling = [x for i, x in enumerate(details) if len({other[i] for other in alike}) > 1]
+        titles[", ".join((f"{model} on {dataset}", *map(str, telling)))] = own
+    return titles
 
 
 class _Page:
@@ -78,36 +103,45 @@ class _Page:
 
     def __init__(self, folder: pathlib.Path, say: Callable[[str], None]):
         self._folder, self._say = folder, say
-        self._file_bytes = {}  # Name of a run -> size of its packed file.
+        self._networks: dict[Run, Network] = {}
+        self._file_bytes: dict[Run, int] = {}  # Of packed files.
+        self._files = set()
 
-    def network(self, groups: Sequence[Group]) -> dict:
+    def network(self, title: str, groups: Sequence[Group]) -> dict:
         """The runs of one network on one data set."""
         config = groups[0].first.config
         published = [p for p in PUBLISHED if (p.dataset, p.model) == (config.dataset, config.model)]
-        name, sources = f"{config.model}-{config.dataset}", [g.label for g in groups]
+        bounded = [group for group in groups if group.first.accumulator is not None]
         plots = [
             self._plot(
-                f"{name}-size",
+                f"{title}-size",
                 figures.accuracy_against_size(groups, published),
                 "Accuracy against the size of the weights; bars are a standard deviation over seeds.",
-                sources,
+                [run for group in groups for run in group.ended],
             ),
             self._plot(
-                f"{name}-accumulator",
-                figures.accuracy_against_accumulator(groups, published),
+                f"{title}-accumulator",
+                figures.accuracy_against_accumulator(bounded, published),
                 "Accuracy against the accumulator width that the weights were trained for.",
-                sources,
+                [run for group in bounded for run in group.ended],
             ),
         ]
         return {
-            "title": f"{config.model} on {config.dataset}",
-            "rows": [_row(group, self._file_bytes) for group in groups],
+            "title": title,
+            "rows": [self._row(group) for group in groups],
             "plots": [plot for plot in plots if plot],
         }
 
     def details(self, run: Run, test_images: bool, data_dir: str) -> dict:
         """All about one run."""
-        notes = [] if run.result else ["It has not ended yet."]
+        notes = []
+        if not run.result:
+            imported = run.starts[-1].get("imported_from") if run.starts else None
+            notes.append(
+                f"Its weights are imported from {imported}; no figures here are of them."
+                if imported
+                else "It has not ended yet."
+            )
         plots = [
             (
                 "curves",
@@ -118,23 +152,22 @@ class _Page:
             ("sizes", figures.sizes_over_time(run), "Sizes and their targets."),
         ]
         try:
-            network = inspect(run)
+            network = self._networks[run] = inspect(run)
         except UserError as error:
             notes.append(f"Nothing of its layers: {error}.")
         else:
-            weights, step = run.config.weights, f"At step {network.step:,}."
-            allowed = getattr(weights, "accumulator_bits", None) if weights is not None else None
+            step = f"At step {network.step:,}."
             plots += [
                 ("widths", layer_widths(network.costs), f"Bits along the network. {step}"),
                 (
                     "accumulators",
-                    figures.accumulators(network.costs, allowed),
+                    figures.accumulators(network.costs, network.allowed),
                     f"Accumulator bits that each layer needs, by three bounds. {step}",
                 ),
                 ("weights", figures.weight_histograms(network.kernels), f"Weights on their grids. {step}"),
             ]
             try:
-                self._file_bytes[run.name] = file_bytes(run)
+                self._file_bytes[run] = file_bytes(run)
             except UserError as error:
                 notes.append(f"No size of its file: {error}.")
         if test_images and run.result:
@@ -145,22 +178,23 @@ class _Page:
         facts = {
             "folder": run.folder,
             "command": origin.get("command", "unknown"),
-            "commit": origin.get("commit", "unknown"),
-            "device": origin.get("device", "unknown"),
-            "processor": origin.get("processor", "unknown"),
-            "versions": ", ".join(f"{k} {v}" for k, v in origin.get("versions", {}).items()),
+            **{name: _over_starts(run, name) for name in ("commit", "device", "processor")},
+            "versions": ", ".join(f"{k} {v}" for k, v in (origin.get("versions") or {}).items()),
         }
-        made = [self._plot(f"{run.name}-{name}", figure, text, [run.name]) for name, figure, text in plots]
-        return {"name": run.name, "facts": facts, "notes": notes, "plots": [plot for plot in made if plot]}
+        made = [self._plot(f"{run.name}-{name}", figure, text, [run]) for name, figure, text in plots]
+        return {
+            "name": run.name,
+            "anchor": _anchor(run),
+            "facts": facts,
+            "notes": notes,
+            "plots": [plot for plot in made if plot],
+        }
 
     def _of_test_images(self, run: Run, data_dir: str, notes: list[str]) -> list[tuple]:
         try:
             said = predict(run, data_dir=data_dir)
         except UserError as error:
             notes.append(f"Nothing of test images: {error}.")
-            return []
-        if said is None:
-            notes.append("Nothing of test images: the data set is not held in memory.")
             return []
         captions = [
             f"{said.classes[told]}, {confidence:.0%}\n(is {said.classes[label]})"
@@ -172,40 +206,86 @@ class _Page:
             ("mistakes", figures.mistakes(said.images, captions), "The most confident mistakes."),
         ]
 
-    def _plot(self, name: str, figure: Figure | None, text: str, sources: Sequence[str]) -> dict | None:
+    def _plot(self, name: str, figure: Figure | None, text: str, sources: Sequence[Run]) -> dict | None:
         """Writes a plot; what the page shows of it."""
         if figure is None:
             return None
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
-        file = self._folder / f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', name)}.png"
+        file = self._folder / f"{self._unused(re.sub(r'[^A-Za-z0-9_.+-]', '-', name))}.png"
         write_atomically(file, stream.getvalue())
-        data = base64.b64encode(stream.getvalue()).decode()
-        return {"data": data, "file": file.name, "text": text, "sources": ", ".join(sources)}
+        data, runs = base64.b64encode(stream.getvalue()).decode(), ", ".join(run.name for run in sources)
+        return {"data": data, "file": file.name, "text": text, "sources": runs}
+
+    def _unused(self, name: str) -> str:
+        """A file's name, shortened, and numbered where it is taken; some file systems ignore case."""
+        short = name[-_LONGEST_NAME:]
+        names = itertools.chain([short], (f"{short}-{i}" for i in itertools.count(2)))
+        free = next(name for name in names if name.lower() not in self._files)
+        self._files.add(free.lower())
+        return free
+
+    def _row(self, group: Group) -> dict[str, str]:
+        """A line of the table."""
+        run = group.first
+        steps = [row["step"] for row in run.rows("train")]
+        files = [self._file_bytes[own] for own in group.ended if own in self._file_bytes]
+        on_cpu = all(device.endswith("(cpu)") for device in _distinct(group.runs, "device"))
+        difference = "" if group.difference is None else f"{100 * group.difference:+.2f}"
+        return {
+            "name": group.label,
+            "anchor": _anchor(run),
+            "seeds": str(len(group.ended)),
+            "accuracy": _spread(100 * group.values("test_accuracy")) or f"at step {max(steps, default=0):,}",
+            "difference": f"{difference} ({group.baseline})" if difference else "",
+            "size": _spread(group.values("weight_bytes") / 1024),
+            "file": _spread(np.array(files) / 1024),
+            "operations": _spread(group.values("bit_operations") / 1e9),
+            "accumulator": self._accumulator(group),
+            "epochs": _spread(group.values("epochs")),
+            "minutes": _spread(
+                group.values("ptq_seconds" if "recipe" in run.result else "train_seconds") / 60
+            ),
+            "hardware": "; ".join(_distinct(group.runs, "processor" if on_cpu else "device")),
+            "commit": ", ".join(_short(commit) for commit in _distinct(group.runs, "commit")),
+            "command": str((run.starts[-1] if run.starts else {}).get("command", "")),
+        }
+
+    def _accumulator(self, group: Group) -> str:
+        """Bits that the widest accumulator needs, and of those with a bound."""
+        text = "/".join(f"{bits:g}" for bits in np.unique(group.values("accumulator_bits")))
+        networks = [self._networks[run] for run in group.ended if run in self._networks]
+        bounded = [network for network in networks if network.bounded_bits is not None]
+        if not bounded:
+            return text
+        needed = max(network.bounded_bits for network in bounded)
+        allowed = max(max(network.allowed.values()) for network in bounded)
+        return f"{text}; bounded: {needed} of {allowed}"
 
 
-def _row(group: Group, file_bytes: Mapping[str, int]) -> dict[str, str]:
-    """A line of the table."""
-    run = group.first
-    origin = run.starts[-1] if run.starts else {}
-    steps = [row["step"] for row in run.rows("train")]
-    files = [file_bytes[run.name] for run in group.runs if run.name in file_bytes]
-    state = "" if run.result else f"at step {max(steps, default=0):,}"
-    return {
-        "name": group.label,
-        "seeds": str(sum(bool(run.result) for run in group.runs)),
-        "accuracy": _spread(100 * group.values("test_accuracy")) or state,
-        "difference": "" if group.difference is None else f"{100 * group.difference:+.2f}",
-        "size": _spread(group.values("weight_bytes") / 1024),
-        "file": _spread(np.array(files) / 1024),
-        "operations": _spread(group.values("bit_operations") / 1e9),
-        "accumulator": "/".join(f"{bits:g}" for bits in np.unique(group.values("accumulator_bits"))),
-        "epochs": _spread(group.values("epochs")),
-        "minutes": _spread(group.values("ptq_seconds" if "recipe" in run.result else "train_seconds") / 60),
-        "hardware": str(origin.get("processor" if "cpu" in origin.get("device", "") else "device", "")),
-        "commit": str(origin.get("commit", ""))[:7],
-        "command": str(origin.get("command", "")),
-    }
+def _anchor(run: Run) -> str:
+    return f"run-{hashlib.sha256(str(run.folder).encode(errors='surrogateescape')).hexdigest()[:8]}"
+
+
+def _over_starts(run: Run, name: str) -> str:
+    """What the starts of a run say of one thing, with the steps from which it changed."""
+    changes = []
+    for start in run.starts:
+        value = str(start.get(name, "unknown"))
+        if not changes or changes[-1][1] != value:
+            changes.append((start.get("from_step", 0), value))
+    if len(changes) <= 1:
+        return changes[0][1] if changes else "unknown"
+    return "; ".join(f"{value} from step {step:,}" for step, value in changes)
+
+
+def _distinct(runs: Sequence[Run], name: str) -> list[str]:
+    return list(dict.fromkeys(str(start[name]) for run in runs for start in run.starts if name in start))
+
+
+def _short(commit: str) -> str:
+    number, plus, _ = commit.partition("+")
+    return number[:7] + (", changed files" if plus else "")
 
 
 def _spread(values: np.ndarray) -> str:

@@ -1,14 +1,20 @@
 """What a trained network says of the test images."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from qflax.data import Dataset, load
+from qflax.data import Batch, Dataset, load
 from qflax.report.runs import Run
 from qflax.training import build
 from qflax.training.workdir import serving
+
+if TYPE_CHECKING:
+    from qflax.data.streamed import StreamedDataset
 
 _CLASSES = {
     "cifar10": (
@@ -43,8 +49,8 @@ class Predictions:
         return float(np.trace(self.confusion) / self.confusion.sum())
 
 
-def predict(run: Run, *, data_dir: str = "", most_mistakes: int = 18) -> Predictions | None:
-    """Has a run's last checkpoint tell the test images; None for a data set that is too large for memory.
+def predict(run: Run, *, data_dir: str = "", most_mistakes: int = 18) -> Predictions:
+    """Has a run's last checkpoint tell the test images.
 
     Args:
       run: a workdir.
@@ -62,32 +68,40 @@ def predict(run: Run, *, data_dir: str = "", most_mistakes: int = 18) -> Predict
         validation_examples=config.validation_examples,
         crop=build.crop(config),
     )
-    if not isinstance(dataset, Dataset):
-        return None
     serve, variables, _, _ = serving(run.folder)
-    forward, size = jax.jit(serve), min(config.eval_batch_size, dataset.num_examples)
-    logits = np.concatenate(
-        [
-            forward(variables, _filled(dataset.images[i : i + size], size).astype(np.float32))
-            for i in range(0, dataset.num_examples, size)
-        ]
-    )[: dataset.num_examples]
-    told, labels = logits.argmax(1).astype(np.int32), dataset.labels
-    counts = np.zeros((dataset.num_classes,) * 2, np.int64)
-    np.add.at(counts, (labels, told), 1)
-    confidence = np.asarray(jax.nn.softmax(logits)).max(1)
-    wrong = np.flatnonzero(told != labels)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most_mistakes]
+    forward, counts = jax.jit(serve), np.zeros((dataset.num_classes,) * 2, np.int64)
+    mistakes = []  # The most confident so far, each (confidence, image, label, told).
+    with contextlib.closing(_batches(dataset, min(config.eval_batch_size, dataset.num_examples))) as batches:
+        for images, labels, mask in batches:
+            logits = np.asarray(forward(variables, images.astype(np.float32)))
+            told, confidence = logits.argmax(1), np.asarray(jax.nn.softmax(logits)).max(1)
+            np.add.at(counts, (labels[mask], told[mask]), 1)
+            wrong = np.flatnonzero(mask & (told != labels))
+            wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most_mistakes]
+            mistakes += [(confidence[i], np.array(images[i]), labels[i], told[i]) for i in wrong]
+            mistakes = sorted(mistakes, key=lambda mistake: -mistake[0])[:most_mistakes]
+    confidences, images, labels, told = zip(*mistakes, strict=True) if mistakes else ((),) * 4
     return Predictions(
         classes=_CLASSES.get(config.dataset, tuple(map(str, range(dataset.num_classes)))),
         confusion=counts,
-        images=dataset.images[wrong],
-        labels=labels[wrong],
-        told=told[wrong],
-        confidence=confidence[wrong],
+        images=np.array(images, np.uint8),
+        labels=np.array(labels, np.int32),
+        told=np.array(told, np.int32),
+        confidence=np.array(confidences, np.float32),
     )
 
 
-def _filled(images: np.ndarray, size: int) -> np.ndarray:
-    """A batch of whole size, so that one program serves all."""
-    return np.pad(images, ((0, size - len(images)), *[(0, 0)] * 3))
+def _batches(dataset: "Dataset | StreamedDataset", size: int) -> Iterator[Batch]:
+    """All examples once, in batches of whole size, so that one program serves all."""
+    if not isinstance(dataset, Dataset):
+        with contextlib.closing(dataset.evaluation_batches(batch_size=size)) as batches:
+            yield from batches
+        return
+    for start in range(0, dataset.num_examples, size):
+        images, labels = dataset.images[start : start + size], dataset.labels[start : start + size]
+        missing = size - len(labels)
+        yield Batch(
+            images=np.pad(images, ((0, missing), *[(0, 0)] * 3)),
+            labels=np.pad(labels, (0, missing)),
+            mask=np.arange(size) < len(labels),
+        )

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import tensorboardX
 from tensorboardX.summary import hparams
 from tqdm import tqdm
@@ -77,22 +78,27 @@ class Logs:
     def draw_layers(self, step: int, costs: Sequence[LayerCost], kernels: Sequence[LayerKernel]) -> None:
         """Writes histograms of each layer's weights and codes, and a picture of the widths, for TensorBoard.
 
-        Of a large kernel every n-th weight counts. The picture needs matplotlib (extra `report`).
+        Of a large kernel 65,536 weights count, the same ones each time. The picture needs matplotlib (extra
+        `report`).
         """
         for kernel in kernels:
-            every = -(-kernel.codes.size // _MOST_IN_HISTOGRAM)
+            size = kernel.codes.size
+            chosen = slice(None)  # Every n-th would be of some channels only.
+            if size > _MOST_IN_HISTOGRAM:
+                chosen = np.random.default_rng(0).integers(0, size, _MOST_IN_HISTOGRAM)
             for name, values in (("weights", kernel.weights), ("codes", kernel.codes)):
                 if values is not None:
-                    self._board.add_histogram(f"{name}/{kernel.path}", values[::every], step)
-        if kernels and importlib.util.find_spec("matplotlib"):
+                    self._board.add_histogram(f"{name}/{kernel.path}", values[chosen], step)
+        widths = tuple((float(cost.weight_bits), float(cost.input_bits)) for cost in costs)
+        if all(bits == 32 for pair in widths for bits in pair) or not importlib.util.find_spec("matplotlib"):
+            return
+        if widths != self._drawn[0]:  # To draw is the slowest of all that is logged.
             from qflax.training.plots import layer_widths, pixels
 
-            widths = tuple((float(cost.weight_bits), float(cost.input_bits)) for cost in costs)
-            if widths != self._drawn[0]:  # To draw is the slowest of all that is logged.
-                figure = layer_widths(costs)
-                self._drawn = widths, None if figure is None else pixels(figure)
-            if self._drawn[1] is not None:
-                self._board.add_image("bits_along_the_network", self._drawn[1], step, dataformats="HWC")
+            figure = layer_widths(costs)
+            self._drawn = widths, None if figure is None else pixels(figure)
+        if self._drawn[1] is not None:
+            self._board.add_image("bits_along_the_network", self._drawn[1], step, dataformats="HWC")
 
     def conclude(self, fields: Mapping[str, object]) -> None:
         """Writes the configuration's numbers and names for the tab HParams.
@@ -195,7 +201,8 @@ def _row(path: pathlib.Path, number: int, line: str) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "group" not in row:
+    sound = isinstance(row, dict) and isinstance(row.get("step"), int) and "group" in row
+    if not sound or not all(isinstance(row[name], int | float) for name in row if name != "group"):
         raise _damaged(path, number)
     return row
 

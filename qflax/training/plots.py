@@ -48,11 +48,24 @@ def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def name_layers(axes: Axes, paths: Sequence[str]) -> None:
-    """Has the horizontal axis name layers."""
-    axes.set_xticks(range(len(paths)), paths, rotation=90, fontsize=7)
-    axes.set_xlim(-0.7, len(paths) - 0.3)
-    axes.grid(visible=False, axis="x")
+def new_layers_figure(paths: Sequence[str]) -> tuple[Figure, Axes]:
+    """A figure with a line for each layer, the first one on top."""
+    figure, ((axes,),) = new_figure(1.1 + 0.19 * len(paths))
+    axes.set_yticks(range(len(paths)), [plain(_ending(path)) for path in paths], fontsize=7.5)
+    axes.set_ylim(len(paths) - 0.3, -0.7)
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
+
+
+def plain(text: str) -> str:
+    """Text that is drawn as it is: matplotlib reads $ as mathematics, and leaves out what begins with _."""
+    text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _ending(path: str, most: int = 44) -> str:
+    return path if len(path) <= most else f"\N{HORIZONTAL ELLIPSIS}{path[1 - most :]}"
 
 
 @styled
@@ -61,7 +74,7 @@ def layer_widths(costs: Sequence[LayerCost]) -> Figure | None:
     layers = [cost for cost in costs if cost.macs]
     if all(float(cost.weight_bits) == float(cost.input_bits) == 32 for cost in layers):
         return None
-    figure, ((axes,),) = new_figure(3.2)
+    figure, axes = new_layers_figure([cost.path for cost in layers])
     at = np.arange(len(layers))
     for shift, name, colour, hatch in (
         (-0.2, "weight_bits", COLOURS[0], ""),
@@ -69,10 +82,8 @@ def layer_widths(costs: Sequence[LayerCost]) -> Figure | None:
     ):
         bits = [float(getattr(cost, name)) for cost in layers]
         label = name.replace("_bits", "s")
-        axes.bar(at + shift, bits, 0.4, color=colour, hatch=hatch, edgecolor="white", label=label)
-    name_layers(axes, [cost.path for cost in layers])
-    axes.set_ylabel("bits (32: float)")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.barh(at + shift, bits, 0.4, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axes.set_xlabel("bits (32: float)")
     figure.legend(loc="outside upper right", ncols=2)
     return figure
 

@@ -210,7 +210,8 @@ def load_starts(workdir: pathlib.Path) -> list[dict]:
     """
     path, remedy = workdir / ENVIRONMENT_FILE, "delete it, or put it back from a copy"
     starts = _load_json(path, remedy) if path.exists() else []
-    require(isinstance(starts, list), f"{path}: damaged (no list); {remedy}")
+    sound = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
+    require(sound, f"{path}: damaged (no list of starts); {remedy}")
     return starts
 
 
