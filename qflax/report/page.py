@@ -4,13 +4,11 @@ import base64
 import hashlib
 import io
 import itertools
-import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 
 import jinja2
-import numpy as np
 from matplotlib.figure import Figure
 
 from qflax.errors import UserError, require
@@ -20,6 +18,7 @@ from qflax.report.network import Network, file_bytes, inspect
 from qflax.report.predictions import predict
 from qflax.report.published import PUBLISHED
 from qflax.report.runs import Group, Run, groups_of, is_workdir, read_runs
+from qflax.report.table import table_row
 from qflax.training.plots import layer_widths
 
 PAGE = "index.html"
@@ -128,7 +127,9 @@ class _Page:
         ]
         return {
             "title": title,
-            "rows": [self._row(group) for group in groups],
+            "rows": [
+                {"anchor": _anchor(g.first), **table_row(g, self._networks, self._file_bytes)} for g in groups
+            ],
             "plots": [plot for plot in plots if plot],
         }
 
@@ -225,43 +226,6 @@ class _Page:
         self._files.add(free.lower())
         return free
 
-    def _row(self, group: Group) -> dict[str, str]:
-        """A line of the table."""
-        run = group.first
-        steps = [row["step"] for row in run.rows("train")]
-        files = [self._file_bytes[own] for own in group.ended if own in self._file_bytes]
-        on_cpu = all(device.endswith("(cpu)") for device in _distinct(group.runs, "device"))
-        difference = "" if group.difference is None else f"{100 * group.difference:+.2f}"
-        return {
-            "name": group.label,
-            "anchor": _anchor(run),
-            "seeds": str(len(group.ended)),
-            "accuracy": _spread(100 * group.values("test_accuracy")) or f"at step {max(steps, default=0):,}",
-            "difference": f"{difference} ({group.baseline})" if difference else "",
-            "size": _spread(group.values("weight_bytes") / 1024),
-            "file": _spread(np.array(files) / 1024),
-            "operations": _spread(group.values("bit_operations") / 1e9),
-            "accumulator": self._accumulator(group),
-            "epochs": _spread(group.values("epochs")),
-            "minutes": _spread(
-                group.values("ptq_seconds" if "recipe" in run.result else "train_seconds") / 60
-            ),
-            "hardware": "; ".join(_distinct(group.runs, "processor" if on_cpu else "device")),
-            "commit": ", ".join(_short(commit) for commit in _distinct(group.runs, "commit")),
-            "command": str((run.starts[-1] if run.starts else {}).get("command", "")),
-        }
-
-    def _accumulator(self, group: Group) -> str:
-        """Bits that the widest accumulator needs, and of those with a bound."""
-        text = "/".join(f"{bits:g}" for bits in np.unique(group.values("accumulator_bits")))
-        networks = [self._networks[run] for run in group.ended if run in self._networks]
-        bounded = [network for network in networks if network.bounded_bits is not None]
-        if not bounded:
-            return text
-        needed = max(network.bounded_bits for network in bounded)
-        allowed = max(max(network.allowed.values()) for network in bounded)
-        return f"{text}; bounded: {needed} of {allowed}"
-
 
 def _anchor(run: Run) -> str:
     return f"run-{hashlib.sha256(str(run.folder).encode(errors='surrogateescape')).hexdigest()[:8]}"
@@ -277,20 +241,3 @@ def _over_starts(run: Run, name: str) -> str:
     if len(changes) <= 1:
         return changes[0][1] if changes else "unknown"
     return "; ".join(f"{value} from step {step:,}" for step, value in changes)
-
-
-def _distinct(runs: Sequence[Run], name: str) -> list[str]:
-    return list(dict.fromkeys(str(start[name]) for run in runs for start in run.starts if name in start))
-
-
-def _short(commit: str) -> str:
-    number, plus, _ = commit.partition("+")
-    return number[:7] + (", changed files" if plus else "")
-
-
-def _spread(values: np.ndarray) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    if not values.size or not math.isfinite(values.mean()):
-        return ""
-    mean = f"{values.mean():,.2f}" if values.mean() < 100 else f"{values.mean():,.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.2f}"
