@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
     "export": ["onnx>=1.16,<1.23", "qonnx>=1.0", "onnxruntime>=1.20", "tqdm"],
-    "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+    "report": ["matplotlib>=3.8", "jinja2>=3.1", "tensorboard>=2.15"],
     # Versions that were tried; Brevitas 0.12 has no OCP formats.
     "benchmark": [
         "torch>=2.13",
