@@ -3,7 +3,7 @@
 python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 After a quarter of the run size targets make weights shrink to 28 KiB and activations to 24 KiB, less than 3
-bits on average; then the widths freeze. About a minute and a half on two CPU cores, about 99 % of the 360
+bits on average; then the widths freeze. Two to three minutes on two CPU cores, about 99 % of the 360
 held-out digits.
 """
 

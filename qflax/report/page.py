@@ -48,7 +48,7 @@ def write_report(
       The page's file.
 
     Raises:
-      UserError: a workdir is none or damaged; the folder holds something else.
+      UserError: none is a workdir, or one is damaged; the folder holds something else.
     """
     begun = [folder for folder in workdirs if is_workdir(folder)]
     runs = read_runs(begun or workdirs)  # Without any, the first is told of.
