@@ -173,6 +173,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.size_strengths.weight_kib = 0.1
     config.size_strengths.activation_kib_sum = 0.1
     config.size_strengths.activation_kib_max = 0.1
+    # Whether learned widths start, where the run starts from another, so that the targets hold: each by its
+    # layer's measured sensitivity. Else they start from their specs' bits, and the penalty makes them small.
+    config.allocate_widths = False
     # The fractions of the run between which the strengths grow from 0. A network that starts from random
     # weights should be on its way before it is made small.
     config.size_ramp = (0.0, 0.0)

@@ -173,6 +173,7 @@ FIELDS = {
     "quantizer_learning_rate": _NOT_NEGATIVE,
     "size_targets": _SIZES,
     "size_strengths": _SIZES,
+    "allocate_widths": _FLAG,
     "size_ramp": _fractions,
     "freeze_widths_after": _FRACTION,
     "accumulator_strength": _NOT_NEGATIVE,

@@ -8,6 +8,7 @@ import numpy as np
 
 from qflax.data import Dataset
 from qflax.data.augment import normalize
+from qflax.errors import require
 
 if TYPE_CHECKING:
     from qflax.data.streamed import StreamedDataset
@@ -32,10 +33,19 @@ class CalibrationBatches:
             yield np.asarray(normalize(batch.images, self._config.mean, self._config.std))
 
     def others(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(images, labels) of the next `count` training images in whole batches, or fewer."""
+        """(images, labels) of the next `count` training images in whole batches, or fewer.
+
+        Raises:
+          UserError: there are none.
+        """
         size = self._fields["batch_size"]
         most = self._dataset.num_examples // size
         fields = {**self._fields, "num_batches": min(len(self) + max(count // size, 1), most)}
         batches = list(self._dataset.calibration_batches(**fields))[len(self) :]
+        require(
+            bool(batches),
+            f"config.calibration_examples={self._config.calibration_examples}: leaves none of the "
+            f"{self._dataset.num_examples} training images to judge by; lower it",
+        )
         images = [np.asarray(normalize(b.images, self._config.mean, self._config.std)) for b in batches]
         return [(image, batch.labels) for image, batch in zip(images, batches, strict=True)]

@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -14,33 +13,28 @@ import numpy as np
 
 from qflax import config as config_lib
 from qflax.data import load_training
-from qflax.errors import UserError, require
+from qflax.errors import require
 from qflax.files import write_atomically
-from qflax.ptq.allocation import allocate, rules_of
 from qflax.ptq.divergence import compare_outputs
 from qflax.ptq.recipe import Networks, Settings, apply_recipe, check_recipe
 from qflax.ptq.reconstruction import Reconstruction
-from qflax.ptq.sensitivity import Sensitivity, sensitivities
+from qflax.ptq.sensitivity import Sensitivity
 from qflax.ptq.sensitivity import table as sensitivity_table
 from qflax.ptq.taps import collect
 from qflax.quantizers import ROLES
-from qflax.training import build
+from qflax.training import allocation, build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
 from qflax.training.kernels import layer_kernels
 from qflax.training.logs import Logs, Progress
-from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
 from qflax.training.start import start_from
-from qflax.training.state import BATCH_STATS, initial_variables
+from qflax.training.state import initial_variables, weights_of
 from qflax.training.table import cost_table, cost_totals
 
 SENSITIVITY_FILE = "sensitivity.txt"
 RECIPE_FILE = "recipe.txt"
-_WIDTHS = (8, 6, 4, 3, 2)  # That layers may get under a size target.
-_SENSITIVITY_EXAMPLES = 512
-_KIB = 8 * 1024  # Bits.
 
 
 def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
@@ -62,12 +56,15 @@ def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
     """
     workdir = pathlib.Path(workdir)
     workdir_lib.require_unused(workdir)
-    run, began = Run(config.copy_and_resolve_references()), time.monotonic()
+    run, began = Run(config), time.monotonic()
     progress = Progress(len(config.ptq.recipe), 0, 1.0)
     try:
         tables = {}
         if any(config.size_targets.values()):
-            tables[SENSITIVITY_FILE] = run.allocate(progress.say)
+            run.config, rows = allocation.allocate_widths(
+                run.config, run.weights, run.batches, say=progress.say
+            )
+            tables[SENSITIVITY_FILE] = sensitivity_table(rows)
         networks = run.networks()
         recipe = _Recipe(_Judge(networks, run.others), progress)
         networks = apply_recipe(
@@ -131,7 +128,8 @@ def measure_sensitivities(
     """
     progress = Progress(1, 0, 1.0)
     try:
-        return Run(config).sensitivities(bits, ("weights", "activations"), progress.say)
+        run = Run(config)
+        return allocation.measure(config, run.weights, run.batches, bits=bits, say=progress.say)
     finally:
         progress.close()
 
@@ -141,7 +139,7 @@ class Run:
 
     Attributes:
       config: of the quantized network.
-      original: variables with the float run's weights; those of quantizers are abstract.
+      weights: variables of the float run, without those of quantizers.
       batches: to calibrate on.
       others: (images, labels) to judge by.
     """
@@ -157,8 +155,9 @@ class Run:
             "configs/resnet20_int8_cifar10.py",
         )
         self.config = config
-        self.original, kept = start_from(config, build.check_rules(config))
+        original, kept = start_from(config, build.check_rules(config))
         require(not kept, f"{config.init_from}: is quantized like this already; name the float run")
+        self.weights = weights_of(original)
         train_set, _ = load_training(
             config.dataset,
             data_dir=config.data_dir or None,
@@ -167,80 +166,20 @@ class Run:
         )
         self.batches = CalibrationBatches(config, train_set)
         self.others = self.batches.others(config.ptq.report_examples)
-        require(
-            bool(self.others),
-            f"config.calibration_examples={config.calibration_examples}: leaves none of the "
-            f"{train_set.num_examples} training images to judge by; lower it",
-        )
 
     def networks(self) -> Networks:
         """The networks before the first method."""
         config, model = self.config, build.model(self.config)
         shape = build.image_format(config).image_shape
-        variables = {**initial_variables(model, shape, config.seed), **_weights(self.original)}
+        variables = {**initial_variables(model, shape, config.seed), **self.weights}
         return Networks(
             model=model,
             reference=build.float_model(config),
             immediate=build.model(config, immediate=True),
             immediate_reference=build.float_model(config, immediate=True),
             variables=variables,
-            reference_variables=_weights(self.original),
+            reference_variables=self.weights,
         )
-
-    def sensitivities(self, bits: Sequence[int], roles: Sequence[str], say: Callable) -> list[Sensitivity]:
-        """See `measure_sensitivities`; on the first images alone."""
-        few = -(-_SENSITIVITY_EXAMPLES // len(self.others[0][0]))
-        return sensitivities(
-            functools.partial(build.model, self.config),
-            build.quantization(self.config),
-            _weights(self.original),
-            list(self.batches)[:1],
-            self.others[:few],
-            bits=bits,
-            roles=roles,
-            progress=lambda row: say(
-                f"{row.path}  {row.role}  {row.bits} bits  divergence {row.divergence:.3g}"
-            ),
-        )
-
-    def allocate(self, say: Callable) -> str:
-        """Gives every layer a width so that the size targets hold; returns the table that it is based on."""
-        targets = self.config.size_targets
-        roles = {"weights": targets.weight_kib}
-        roles["activations"] = targets.activation_kib_sum or targets.activation_kib_max
-        rows = self.sensitivities(_WIDTHS, [role for role, target in roles.items() if target], say)
-        rules = tuple(self.config.rules)
-        costs = build.measure_costs(self.config, self.networks().variables)
-        if targets.weight_kib:
-            chosen = {row.path for row in rows if row.role == "weights"}
-            fixed = sum(cost.biases * float(cost.bias_bits) for cost in costs)
-            fixed += sum(c.weights * float(c.weight_bits) for c in costs if c.path not in chosen)
-            rules += _rules(rows, "weights", "weight_kib", targets.weight_kib * _KIB, fixed)
-        if roles["activations"]:
-            largest = targets.activation_kib_max * _KIB or math.inf
-            fitting = [row for row in rows if row.elements * row.bits <= largest]
-            left = {row.path for row in rows if row.role == "activations"} - {row.path for row in fitting}
-            require(
-                not left,
-                f"config.size_targets.activation_kib_max={targets.activation_kib_max}: "
-                f"{', '.join(sorted(left)[:3])} is larger even at {_WIDTHS[-1]} bits; allow more",
-            )
-            chosen = {row.path for row in fitting}
-            fixed = sum(c.activations * float(c.activation_bits) for c in costs if c.path not in chosen)
-            widest = fixed + sum(row.elements * row.bits for row in fitting)
-            budget = targets.activation_kib_sum * _KIB or widest
-            rules += _rules(fitting, "activations", "activation_kib_sum", budget, fixed)
-        with self.config.unlocked():
-            self.config.rules = rules
-        return sensitivity_table(rows)
-
-
-def _rules(rows, role: str, target: str, budget: float, fixed: float) -> tuple[dict, ...]:
-    """Rules with the widths of a role under a target of so many bits."""
-    try:
-        return rules_of(allocate(rows, budget, fixed_bits=fixed, role=role), role=role)
-    except UserError as error:
-        raise UserError(f"config.size_targets.{target}: {error}") from None
 
 
 class _Judge:
@@ -293,10 +232,6 @@ def recipe_table(rows: Sequence[Mapping]) -> str:
             line += f"{row['divergence']:12.5f}{row['agreement']:11.2%}{row['accuracy']:10.2%}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _weights(variables: Mapping) -> dict:
-    return {name: variables[name] for name in (WEIGHTS, BATCH_STATS) if variables.get(name)}
 
 
 def settings(config: ml_collections.ConfigDict) -> Settings:

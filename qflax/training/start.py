@@ -13,8 +13,10 @@ from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
 from qflax.ptq import correct_biases, fold_norms, reestimate_norms, set_ranges
 from qflax.quantizers import PARAMETERS, ROLES, STATISTICS, calibrate, widths_frozen
 from qflax.training import build
+from qflax.training.allocation import allocate_widths
+from qflax.training.logs import Progress
 from qflax.training.optimizers import WEIGHTS
-from qflax.training.state import BATCH_STATS, initial_variables
+from qflax.training.state import BATCH_STATS, initial_variables, weights_of
 from qflax.training.workdir import load_workdir
 
 # With other ones, the same weights are another function.
@@ -27,23 +29,30 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Iterable[jax.
 
     Another run's weights are projected onto what accumulators allow, where they are accumulator-aware
     (EP-init); activation ranges, norm statistics and biases are then set again, behind the projected weights.
-    The ranges of a run with the very same quantizers are kept as they are.
+    The ranges of a run with the very same quantizers are kept as they are. With `config.allocate_widths`
+    learned widths start where the size targets hold.
 
     Args:
       config: of the run.
-      batches: for calibration; passed over several times.
+      batches: for calibration; passed over several times. `CalibrationBatches` where widths are allocated.
 
     Raises:
       UserError: `config.init_from` is no run of the same network.
     """
     network = build.model(config)
-    variables = initial_variables(network, build.image_format(config).image_shape, config.seed)
+    variables = initial_variables(network, _image_shape(config), config.seed)
     over = {"over": config.calibration, "train": True}
     if not config.init_from:
         return calibrate(network, variables, batches, **over)
     original, kept = start_from(config, variables)
     if kept:
         return original
+    if config.allocate_widths and any(config.size_targets.values()):
+        weights = weights_of(original)
+        allocated, _ = allocate_widths(config, weights, batches, learned_alone=True, say=Progress.say)
+        # The very network but for what its learned widths start from.
+        network = build.model(allocated)
+        original = {**initial_variables(network, _image_shape(config), config.seed), **weights}
     variables, projected = set_ranges(network, original, batches, **over)
     if not projected:
         return variables
@@ -101,9 +110,13 @@ def _imported(file: pathlib.Path, config: ml_collections.ConfigDict, variables: 
 
 def _fold(config: ml_collections.ConfigDict, variables: Mapping) -> dict:
     """Weights of the network without norms from those of one with them."""
-    example = jnp.zeros((1, *build.image_format(config).image_shape), jnp.float32)
+    example = jnp.zeros((1, *_image_shape(config)), jnp.float32)
     weights = {name: variables.get(name, {}) for name in (WEIGHTS, BATCH_STATS)}
     return {**variables, BATCH_STATS: {}, **fold_norms(build.float_model(config), weights, example)}
+
+
+def _image_shape(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    return build.image_format(config).image_shape
 
 
 def _require_same_function(config, its, folding: bool) -> None:

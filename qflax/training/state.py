@@ -76,6 +76,11 @@ def initial_variables(model: nn.Module, image_shape: tuple[int, ...], seed: int)
     return _initialize(model, tuple(image_shape), jax.random.key(seed))
 
 
+def weights_of(variables: Mapping) -> dict:
+    """The variables of the float network among those of a quantized one."""
+    return {name: variables[name] for name in (WEIGHTS, BATCH_STATS) if variables.get(name)}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initialize(model: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> dict:
     return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)

@@ -9,10 +9,24 @@ import pytest
 from qflax import config as config_lib
 from qflax.data import load
 from qflax.errors import UserError
-from qflax.training import build
+from qflax.layers import sizes
+from qflax.training import allocation, build
+from qflax.training.calibration import CalibrationBatches
 from qflax.training.checkpoints import CheckpointWriter
 from qflax.training.start import starting_variables
 from qflax.training.state import initial_variables
+
+
+def random_run(config, workdir):
+    """Saves a run at step 0, whose logits are not all 0; returns its variables."""
+    variables = initial_variables(build.model(config), (32, 32, 3), 0)
+    classifier = variables["params"]["classifier"]
+    classifier["kernel"] = jax.random.normal(jax.random.key(1), classifier["kernel"].shape)
+    config_lib.save(config, workdir)
+    checkpoints = CheckpointWriter(workdir)
+    checkpoints.save(jax.device_get(build.state(config, variables)), 0)
+    checkpoints.close()
+    return variables
 
 
 def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_path):
@@ -21,16 +35,11 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
     digits = load("digits", "train")
     tiny_config.shortcut, tiny_config.residual = "B", "unsigned"
     tiny_config.weights = tiny_config.activations = None
-    variables = initial_variables(build.model(tiny_config), (32, 32, 3), 0)
-    workdir = tmp_path / "float"
-    config_lib.save(tiny_config, workdir)
-    checkpoints = CheckpointWriter(workdir)
-    checkpoints.save(jax.device_get(build.state(tiny_config, variables)), 0)
-    checkpoints.close()
+    variables = random_run(tiny_config, tmp_path)
 
     for name in ("weights", "activations", "rules"):
         tiny_config[name] = layout[name]
-    tiny_config.init_from = str(workdir)
+    tiny_config.init_from = str(tmp_path)
     images = [digits.images[i : i + 32].astype(np.float32) / 255 for i in (0, 32)]
     start = starting_variables(tiny_config, images)
 
@@ -53,12 +62,33 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
     assert pool.activation_bits == 8
 
 
+def test_learned_widths_start_where_the_size_targets_hold(tiny_config, tmp_path, monkeypatch):
+    """Those of layers whose width is not learned stay as they are."""
+    monkeypatch.setattr(allocation, "_WIDTHS", (4, 2))
+    tiny_config.weights = tiny_config.activations = None
+    random_run(tiny_config, tmp_path)
+    default = importlib.import_module("configs.default")
+    tiny_config.weights = default.mixed_precision(bits=4)
+    tiny_config.activations = default.mixed_precision(bits=6)
+    tiny_config.rules = (default.integer_input(),)
+    tiny_config.size_targets.weight_kib, tiny_config.size_targets.activation_kib_sum = 24.0, 26.0
+    tiny_config.init_from, tiny_config.allocate_widths = str(tmp_path), True
+    start = starting_variables(tiny_config, CalibrationBatches(tiny_config, load("digits", "train")))
+
+    costs = build.measure_costs(tiny_config, start)
+    reached = sizes(costs)
+    assert reached["weight_kib"] <= 24.0 and reached["activation_kib_sum"] <= 26.0
+    weights = [float(cost.weight_bits) for cost in costs if cost.macs]
+    assert {*weights} == {2, 4}
+    activations = {cost.path: float(cost.activation_bits) for cost in costs if cost.activations}
+    assert activations.pop("input") == 8 and {*activations.values()} == {2, 4}
+    # It is the state of a run that starts from its specs' bits, but for numbers.
+    shapes = jax.tree.map(np.shape, build.abstract_state(tiny_config).variables)
+    assert jax.tree.map(np.shape, build.state(tiny_config, start).variables) == shapes
+
+
 def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
-    variables = initial_variables(build.model(tiny_config), (32, 32, 3), 0)
-    config_lib.save(tiny_config, tmp_path)
-    checkpoints = CheckpointWriter(tmp_path)
-    checkpoints.save(jax.device_get(build.state(tiny_config, variables)), 0)
-    checkpoints.close()
+    random_run(tiny_config, tmp_path)
     tiny_config.init_from = str(tmp_path)
     tiny_config.mean, tiny_config.residual = (0.5, 0.5, 0.5), "unsigned"
     with pytest.raises(UserError, match=r"mean is .* there, .*; residual is 'signed' there") as error:
