@@ -134,7 +134,7 @@ def tuning(table: Table, tried: list[list[dict]]) -> str:
         by_change = collections.defaultdict(list)
         for trial in trials:
             by_change[trial["scale"], trial["change"]].append(trial)
-            origins[_origin(trial), trial["command"]].append(row.label)
+            origins[_origin(trial), trial["command"]].append(f"{row.label} at {_commit(trial)}")
         for (scale, change), own in sorted(by_change.items()):
             top1 = {trial["seed"]: trial["validation_top1"] for trial in own}
             recipe = {trial["seed"]: trial["validation_top1"] for trial in by_change[scale, ""]}

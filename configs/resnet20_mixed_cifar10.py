@@ -20,6 +20,7 @@ def get_config():
     config.rules = (default.integer_input(),)
     config.size_targets.weight_kib = 70.0
     config.size_targets.activation_kib_max = 8.0
+    config.allocate_widths = True
     config.size_ramp = (0.0, 0.25)
     config.learning_rate = 0.01
     config.quantizer_learning_rate = 0.001

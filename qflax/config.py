@@ -187,6 +187,9 @@ FIELDS = {
     "keep_checkpoints": _COUNT,
 }
 
+# Fields that older workdirs lack -> what stood for them there.
+_LATER = {"allocate_widths": False}
+
 
 def validate(config: Mapping) -> None:
     """Checks every field's name, type and range.
@@ -287,6 +290,7 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         reason = shown(error, plain=True)
         raise UserError(f"{path}: damaged ({reason}); restore it from another copy") from None
     require(isinstance(fields, dict), f"{path}: damaged (no mapping); restore it from another copy")
+    fields = {**_LATER, **fields}
     try:
         validate(fields)
     except UserError as error:
@@ -307,8 +311,11 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
 
 
 def differences(new: Mapping, old: Mapping) -> list[str]:
-    """Fields that make another run, as "NAME was OLD, is NEW", in the order of their names."""
-    new, old, missing = flat(plain(new)), flat(plain(old)), object()
+    """Fields that make another run, as "NAME was OLD, is NEW", in the order of their names.
+
+    `old` may be from an older version, which did not have all fields.
+    """
+    new, old, missing = flat(plain(new)), flat({**_LATER, **plain(old)}), object()
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

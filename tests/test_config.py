@@ -86,6 +86,18 @@ def test_all_differing_fields_are_named(tmp_path):
         config_lib.check_unchanged(config, tmp_path)
 
 
+def test_workdirs_of_older_versions_are_read_and_resumed(tmp_path):
+    fields = default().to_dict()
+    del fields["allocate_widths"]
+    (tmp_path / config_lib.FILE).write_text(json.dumps(fields))
+    config = default()
+    config_lib.check_unchanged(config, tmp_path)
+    assert config_lib.load(tmp_path).allocate_widths is False
+    config.allocate_widths = True
+    with pytest.raises(UserError, match=r"\(allocate_widths was False, is True\)"):
+        config_lib.check_unchanged(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -128,7 +128,9 @@ def test_changes_are_compared_on_held_out_images(tmp_path, monkeypatch):
 
 def test_table_of_changes():
     trial = dict(scale=0.1, epochs=16.0, weight_bytes=2048, device="1 x gpu", processor="x", python="3")
-    trial |= dict(versions={"jax": "1", "flax": "2"}, command="python -m benchmarks.tune")
+    trial |= dict(
+        versions={"jax": "1", "flax": "2"}, command="python -m benchmarks.tune", commit="abc1234567"
+    )
     recipe = [trial | dict(change="", seed=seed, validation_top1=0.90 + 0.02 * seed) for seed in (0, 1)]
     other = [trial | dict(change="a=1 b=2", seed=1, validation_top1=0.93)]
     text = results.tuning(TABLES["resnet20"], [[], [], [], [], recipe + other, []])
@@ -136,7 +138,7 @@ def test_table_of_changes():
         "| INT4 QAT | nothing | 91.00 % ± 1.41 (2 seeds) |  | 16 of 160, shortened | 2.0 KiB |",
         "| INT4 QAT | `a=1`, `b=2` | 93.00 % | +1.00 | 16 of 160, shortened | 2.0 KiB |",
         "",
-        "INT4 QAT: 1 x gpu of x, Python 3, jax 1, flax 2; `python -m benchmarks.tune`",
+        "INT4 QAT at abc1234: 1 x gpu of x, Python 3, jax 1, flax 2; `python -m benchmarks.tune`",
     ]
     assert results.tuning(TABLES["resnet20"], [[]] * 6) == "Nothing yet."
 
