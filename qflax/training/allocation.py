@@ -26,7 +26,7 @@ def measure(
     *,
     bits: Sequence[int],
     roles: Sequence[str] = ("weights", "activations"),
-    say: Callable[[str], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Sensitivity]:
     """What each quantizer of a configuration alone does to a float network, on training images.
 
@@ -36,7 +36,7 @@ def measure(
       batches: to calibrate on, the first of them alone; the images after them are what is judged on.
       bits: widths to measure.
       roles: whose quantizers.
-      say: called with a line per measurement.
+      say: called with a line for every measurement.
 
     Raises:
       UserError: an impossible width; no training images are left to judge by.
@@ -59,7 +59,7 @@ def allocate_widths(
     batches: CalibrationBatches,
     *,
     learned_alone: bool = False,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[ml_collections.ConfigDict, list[Sensitivity]]:
     """Gives layers widths so that the size targets hold.
 
@@ -68,7 +68,7 @@ def allocate_widths(
       weights: the float network's variables.
       batches: see `measure`.
       learned_alone: leave widths that are not learned as they are; else every layer gets one.
-      say: called with a line per measurement.
+      say: called with a line for every measurement.
 
     Returns:
       The configuration with the widths added to its rules, and what they are based on.

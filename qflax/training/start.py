@@ -49,7 +49,8 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Iterable[jax.
         return original
     if config.allocate_widths and any(config.size_targets.values()):
         weights = weights_of(original)
-        allocated, _ = allocate_widths(config, weights, batches, learned_alone=True, say=Progress.say)
+        Progress.say("measuring what each width does to each layer, to start where the size targets hold")
+        allocated, _ = allocate_widths(config, weights, batches, learned_alone=True)
         # The very network but for what its learned widths start from.
         network = build.model(allocated)
         original = {**initial_variables(network, _image_shape(config), config.seed), **weights}

@@ -55,6 +55,7 @@ def test_post_training_quantization_does_without_it(tiny_config, tmp_path, monke
     )
     tiny_config.init_from = str(tmp_path / "float")
     tiny_config.size_targets.weight_kib = 40.0
+    monkeypatch.setattr("qflax.training.allocation._WIDTHS", (4, 2))
     tiny_config.ptq.recipe = ("equalization", "ranges")
     tiny_config.ptq.report_examples = 64
     quantize(tiny_config, tmp_path / "ptq")
