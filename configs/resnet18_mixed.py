@@ -18,7 +18,6 @@ def get_config():
     config.size_targets.activation_kib_max = 0.38e6 / 1024
     config.size_strengths.weight_kib = 1.76e-5
     config.size_strengths.activation_kib_max = 4.6e-5
-    config.allocate_widths = True
     config.size_ramp = (0.0, 0.25)
     config.quantizer_learning_rate = 0.001
     return config
