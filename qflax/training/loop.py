@@ -159,7 +159,7 @@ class Trainer:
         rates, compiled = Rates(self.rates, self.devices.replicate), self.compiling.result()
         self.start_time.end("compilation")
         state, step, self.state = self.devices.replicate(self.state), self.start, None
-        before = None
+        previous = None
         every, workers = self.steps_per_dispatch, build.workers(self.config)
         dispatches = self.stream.dispatches(step, len(self.rates), every, workers)
         if self.logged_step < step:
@@ -173,8 +173,8 @@ class Trainer:
                     self.start_time.end("step")
                     self.recorder.say(str(self.start_time))
                 # One dispatch ahead keeps devices busy; who is asked to stop has to wait for all that are.
-                jax.block_until_ready(before)
-                before = metrics
+                jax.block_until_ready(previous)
+                previous = metrics
                 self.meter.add(metrics)
                 self.recorder.advance(end)
                 self._attend(state, step, end)
