@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from qflax.errors import UserError, require, shown
+from qflax.files import make_importable
 
 _USAGE = "use --config=FILE --workdir=DIR --config.FIELD=VALUE"
 _SEE = "see configs/default.py and, for weights and activations, the specs in qflax/quantizers"
@@ -49,6 +50,8 @@ def _executed(file: str) -> ml_collections.ConfigDict:
     given = f"--config={shown(file, plain=True)}"
     try:
         require(pathlib.Path(path).is_file(), f"{given}: no such file; configurations are in configs")
+        # Configurations build upon each other: `from configs import default`.
+        make_importable(pathlib.Path(), _import_root(pathlib.Path(path)))
         module = runpy.run_path(path)
         require("get_config" in module, f"{given}: defines no get_config(); start from configs/default.py")
         config = module["get_config"](*([text] if colon else []))
@@ -67,6 +70,11 @@ def _executed(file: str) -> ml_collections.ConfigDict:
         place = f"line {lines[-1]}: " if lines else ""
         raise UserError(f"{given}: {place}{type(error).__name__}: {_reason(error)}; {_SEE}") from None
     return config.lock()
+
+
+def _import_root(file: pathlib.Path) -> pathlib.Path:
+    """The folder that holds a file, or the outermost package that the file is in."""
+    return next(folder for folder in file.absolute().parents if not (folder / "__init__.py").exists())
 
 
 def _reason(error: BaseException) -> str:

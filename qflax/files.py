@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that Python imports from."""
 
 import contextlib
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 from qflax.errors import require
@@ -43,3 +44,10 @@ def require_makeable(folder: pathlib.Path) -> None:
         os.access(existing, os.W_OK | os.X_OK),
         f"{folder}: nothing can be written to {existing}; change its permissions, or choose another folder",
     )
+
+
+def make_importable(*folders: pathlib.Path) -> None:
+    """Has Python look for modules in folders, too, behind all others; an installed program does not by itself."""
+    for folder in folders:
+        if str(folder.absolute()) not in sys.path:
+            sys.path.append(str(folder.absolute()))

@@ -56,6 +56,7 @@ def test_default_has_exactly_the_fields_that_are_checked():
         ("seed", -1, "from 0 to"),
         ("rules", "conv", "tuple of mappings"),
         ("nesterov", 1, "True or False"),
+        ("allocate_widths", True, "set one of config.size_targets"),
     ],
 )
 def test_impossible_values_name_the_field_the_value_and_the_choices(field, value, part):

@@ -1,6 +1,7 @@
 """Configurations from Python files: whatever is wrong with them is one line."""
 
 import pathlib
+import sys
 
 import pytest
 
@@ -134,3 +135,26 @@ def test_later_changes_win_and_text_after_a_colon_is_handed_on(tmp_path, monkeyp
     config = config_file.read(f"{file}:a:b", ["--config.seed=1", "--config.seed", "2"])
     assert (config.init_from, config.seed) == ("a:b", 2)
     assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("package", "own", "current"),
+    [
+        ("recipes_a", "recipes_a/own.py", "."),
+        ("recipes_b", "recipes_b/own.py", "elsewhere"),
+        ("recipes_c", "own.py", "elsewhere"),
+        ("recipes_d", "elsewhere/own.py", "."),
+    ],
+)
+def test_a_file_builds_upon_others_though_python_does_not_look_there(
+    package, own, current, tmp_path, monkeypatch
+):
+    """An installed program finds modules neither in the current folder nor beside the file by itself."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for folder in (package, "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / "base.py").write_text(f"{START}    return config\n")
+    (tmp_path / own).write_text(f"from {package}.base import get_config\n")
+    monkeypatch.chdir(tmp_path / current)
+    assert config_file.read(str(tmp_path / own), ["--config.seed=5"]).seed == 5

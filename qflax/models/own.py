@@ -3,14 +3,14 @@
 import functools
 import importlib
 import inspect
-import os
-import sys
+import pathlib
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from qflax.errors import UserError, closest, require
+from qflax.files import make_importable
 from qflax.linen import Quantized, of_policy
 from qflax.quantizers import FLOAT, Quantization
 
@@ -77,8 +77,7 @@ def _find(field: str, module: str, attribute: str) -> Callable:
         all(part.isidentifier() for part in (*parts, attribute)),
         f"{field}: must be MODULE:NAME, such as my_package.networks:Net",
     )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    make_importable(pathlib.Path())
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
