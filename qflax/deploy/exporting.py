@@ -19,6 +19,7 @@ from qflax.deploy.runner import execute
 from qflax.deploy.stablehlo import to_stablehlo
 from qflax.errors import UserError, choose, require
 from qflax.files import require_makeable, write_atomically
+from qflax.numerics import in_full_precision
 
 _TOLERANCE = 1e-4  # Relative; float sums depend on their order.
 
@@ -63,6 +64,7 @@ class Export:
     exact: bool
 
 
+@in_full_precision
 def export(
     function: Callable[[typing.Any, jax.Array], jax.Array],
     variables: typing.Any,

@@ -33,12 +33,13 @@ def _conv(node: Node, x: jax.Array, kernel: jax.Array) -> jax.Array:
         rhs_dilation=node.attributes["dilation"],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=node.attributes["groups"],
+        precision=jax.lax.Precision.HIGHEST,
     )
 
 
 def _dense(node: Node, x: jax.Array, kernel: jax.Array) -> jax.Array:
     del node
-    return jnp.matmul(x, kernel)
+    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def _quantize(node: Node, x: jax.Array, *grid: jax.Array) -> jax.Array:

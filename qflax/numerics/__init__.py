@@ -7,7 +7,7 @@ from qflax.numerics.accumulator_aware import (
     code_sums,
     within_accumulator,
 )
-from qflax.numerics.arithmetic import product, quotient
+from qflax.numerics.arithmetic import in_full_precision, product, quotient
 from qflax.numerics.convolution import convolve
 from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
@@ -46,6 +46,7 @@ __all__ = [
     "data_type_width",
     "floor_at",
     "highest_code",
+    "in_full_precision",
     "norm_width",
     "power_of_two",
     "product",

@@ -7,12 +7,29 @@ that was trained.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from qflax.numerics.operation import Operation
+
+
+def in_full_precision(function: Callable) -> Callable:
+    """`function`, with all convolutions and matrix products that it computes or traces in full float32.
+
+    Unless told so, accelerators round float32 operands: GPUs to 11 bits (TF32), TPUs to 8 (bfloat16). That
+    suits training; but codes beyond 11 or 8 bits, and what is not quantized, would come out differently in
+    an export.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @Operation

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qflax.numerics import product, quotient
+from qflax.numerics import in_full_precision, product, quotient
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu",
@@ -55,3 +55,12 @@ def test_the_gradient_of_a_product_is_the_other_factor():
     np.testing.assert_allclose(gradients[1], X.sum(0), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(product(x, x)))(jnp.asarray(X)), 2 * X)
     assert np.isnan(product(jnp.float32(jnp.nan), 2.0))
+
+
+def test_products_of_arrays_are_in_full_precision_whatever_the_setting():
+    def double(x):
+        return jnp.matmul(x, 2 * jnp.eye(100))
+
+    with jax.default_matmul_precision("bfloat16"):
+        texts = [jax.jit(function).lower(X).as_text() for function in (double, in_full_precision(double))]
+    assert ["HIGHEST" in text for text in texts] == [False, True]

@@ -61,3 +61,18 @@ def test_nan_logits_are_wrong():
         Broken(), make_dataset(8), Devices(1), batch_size=8, mean=(0.0,) * 3, std=(1.0,) * 3
     )
     assert evaluator({})["accuracy"] == 0
+
+
+def test_evaluation_is_in_full_float32_whatever_training_is_in():
+    precisions = []
+
+    class Looking(FirstPixels):
+        @nn.compact
+        def __call__(self, images, *, train):
+            precisions.append(jax.config.jax_default_matmul_precision)
+            return images[:, 0, :7, 0]
+
+    ones = (1.0, 1.0, 1.0)
+    with jax.default_matmul_precision("bfloat16"):
+        Evaluator(Looking(), make_dataset(8), Devices(1), batch_size=8, mean=ones, std=ones)({})
+    assert precisions and {*precisions} == {"highest"}
