@@ -243,8 +243,8 @@ def _check_together(config: Mapping) -> None:
     """Checks of several fields that need to know nothing else."""
     require(
         not config["allocate_widths"] or any(config["size_targets"].values()),
-        "config.allocate_widths=True: widths are allocated under a size target, and there is none; set one of "
-        "config.size_targets, or this to False",
+        "config.allocate_widths=True: widths are allocated under a size target, and there is none; set one "
+        "of config.size_targets, or this to False",
     )
     milestones = list(config["milestone_epochs"])
     if config["schedule"] == "step":

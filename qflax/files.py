@@ -47,7 +47,7 @@ def require_makeable(folder: pathlib.Path) -> None:
 
 
 def make_importable(*folders: pathlib.Path) -> None:
-    """Has Python look for modules in folders, too, behind all others; an installed program does not by itself."""
+    """Has Python look for modules in folders, too, behind all others."""
     for folder in folders:
         if str(folder.absolute()) not in sys.path:
             sys.path.append(str(folder.absolute()))
