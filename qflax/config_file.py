@@ -10,7 +10,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from qflax.errors import UserError, require, shown
+from qflax.errors import Interrupted, UserError, require, shown
 from qflax.files import make_importable
 
 _USAGE = "use --config=FILE --workdir=DIR --config.FIELD=VALUE"
@@ -62,7 +62,7 @@ def _executed(file: str) -> ml_collections.ConfigDict:
             "configs/default.py",
         )
         config.to_dict()  # Some references are followed only now.
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt, Interrupted):
         raise
     except BaseException as error:  # A file may raise anything, and end the program too.
         frames = traceback.extract_tb(error.__traceback__)

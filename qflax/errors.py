@@ -31,8 +31,12 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
-    """A run that was asked to stop and did, having saved all; the same command continues it."""
+class Interrupted(BaseException):
+    """A run that was asked to stop and did, having saved all; the same command continues it.
+
+    It comes out of a signal's handler, so that it may be raised anywhere: as KeyboardInterrupt is, it is no
+    `Exception`, which code that reads a damaged file, say, would take for a damage.
+    """
 
 
 def one_line(text: object, longest: int = _LONGEST) -> str:

@@ -45,8 +45,11 @@ class Meter:
         """Means over the steps that are not logged yet, images/s and training seconds so far.
 
         Steps that were skipped are counted (`skipped_steps`, where there are any), but are in no mean.
+        Without any step there is nothing: only the first process has those before an interruption.
         """
         columns = dict(self.rows())
+        if not columns:
+            return {}
         kept = columns.pop("bad_steps") == 0
         means = {name: float(np.mean(values[kept])) for name, values in columns.items() if kept.any()}
         means["learning_rate"] = float(columns["learning_rate"][-1])

@@ -47,6 +47,14 @@ def test_nothing_is_bad_before_the_first_step():
     assert Meter(8).first_bad(0) is None and Meter(8).rows() == {}
 
 
+def test_a_process_without_the_steps_before_an_interruption_has_nothing_to_tell():
+    meter = Meter(8, 5.0, None)
+    assert meter.read() == {}
+    meter.logged()
+    meter.add(row(2.0))
+    assert meter.read()["loss"] == 2.0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_resumed_meter_goes_on_to_the_same_means(seed):
     losses = np.random.default_rng(seed).lognormal(size=37).astype(np.float32)
