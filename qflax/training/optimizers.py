@@ -84,8 +84,12 @@ def build_optimizer(
 
 
 def _is_kernel(params):
-    # Masked subtrees appear as optax's placeholders, which have no ndim.
-    return jax.tree.map(lambda x: getattr(x, "ndim", 0) > 1, params)
+    def decays(path, x):
+        # Those of attention heads and of scanned layers have several axes. Masked subtrees appear as optax's
+        # placeholders, which have none.
+        return path[-1].key not in ("bias", "scale") and getattr(x, "ndim", 0) > 1
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def as_numbers(**values: float) -> Hyperparameters:

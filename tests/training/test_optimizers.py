@@ -22,7 +22,11 @@ NUMBERS = {
 
 def trained():
     return {
-        "params": {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}},
+        "params": {
+            "conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+            "norm": {"scale": jnp.ones(2)},
+            "heads": {"bias": jnp.ones((2, 2)), "scale": jnp.ones((2, 2))},
+        },
         "quantizer_params": {"conv": {"scale": jnp.ones(())}},
     }
 
@@ -62,6 +66,7 @@ def test_only_kernels_decay(kind):
     for value in (
         result["params"]["conv"]["bias"],
         result["params"]["norm"]["scale"],
+        *result["params"]["heads"].values(),
         result["quantizer_params"]["conv"]["scale"],
     ):
         np.testing.assert_array_equal(value, 1.0)
