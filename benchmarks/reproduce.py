@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import ml_collections
-import numpy as np
 
 from benchmarks.proof import prove
 from benchmarks.tables import CONFIGS, TABLES, Row
@@ -152,8 +151,24 @@ class _Result:
         return result["verification"] is not None
 
     def is_made(self) -> bool:
-        """Whether the workdir has it."""
-        return (self.workdir / "result.json").exists()
+        """Whether the workdir has it.
+
+        Raises:
+          UserError: it has another configuration's.
+        """
+        from qflax import config as config_lib
+
+        if not (self.workdir / "result.json").exists():
+            return False
+        differing = config_lib.differences(self.config, config_lib.load(self.workdir))
+        if self.row.trained:  # To which those do nothing.
+            differing = [text for text in differing if not text.startswith("ptq.")]
+        require(
+            not differing,
+            f"{self.workdir}: holds a run of another configuration ({'; '.join(differing)}); choose another "
+            "--workdir",
+        )
+        return True
 
     def make(self) -> None:
         """Trains or quantizes it, where that is left to do."""
@@ -162,11 +177,7 @@ class _Result:
             from qflax.training import train
 
             train(self.config, self.workdir)
-        elif self.is_made():
-            from qflax import config as config_lib
-
-            config_lib.check_unchanged(self.config, self.workdir)
-        else:
+        elif not self.is_made():
             from qflax.training.post_training import quantize
 
             unfinished = self.workdir.with_name(f".{self.workdir.name}")
@@ -212,8 +223,6 @@ class _Proof(contextlib.AbstractContextManager):
 
     def __init__(self, result: _Result):
         """Exports, and starts it."""
-        import jax
-
         from qflax.data import load
         from qflax.deploy.exporting import export
         from qflax.training.workdir import serving
@@ -228,11 +237,8 @@ class _Proof(contextlib.AbstractContextManager):
         data = ()
         if (dataset := result.config.dataset) != "imagenet2012":  # Which is not held in memory.
             test = load(dataset, "test", data_dir=result.config.data_dir or None)
-            serve, size = jax.jit(function), result.config.eval_batch_size
-            parts = [test.images[i : i + size] for i in range(0, test.num_examples, size)]
-            classes = [np.asarray(serve(variables, part.astype(np.float32)).argmax(-1)) for part in parts]
-            data = test.images, test.labels, np.concatenate(classes)
-        arguments = (file, result.file, *data)
+            data = test.images, test.labels
+        arguments = (file, result.file, result.workdir, *data)
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(target=prove, args=arguments, daemon=True)
         self._process.start()

@@ -1,6 +1,7 @@
 """Where a result comes from: versions, commit, hardware, command."""
 
 import importlib.metadata
+import os
 import pathlib
 import platform
 import shlex
@@ -12,6 +13,7 @@ import jax
 from qflax import cpu
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+_NO_CODE = (":(top,exclude)results", ":(top,exclude)docs", ":(top,exclude)README.md")
 
 
 def provenance(num_devices: int) -> dict[str, object]:
@@ -24,7 +26,7 @@ def provenance(num_devices: int) -> dict[str, object]:
     return {
         "device": f"{num_devices} x {device.device_kind} ({device.platform})",
         "processor": _processor(),
-        "settings": cpu.settings() if device.platform == "cpu" else {},
+        "settings": _settings(device.platform),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": git_commit(),
@@ -42,8 +44,18 @@ def _processor() -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor() or platform.machine()
 
 
+def _settings(platform: str) -> dict[str, str]:
+    """What the environment tells XLA."""
+    if platform == "cpu":
+        return cpu.settings()
+    return {name: os.environ[name] for name in ("XLA_FLAGS",) if os.environ.get(name)}
+
+
 def git_commit() -> str:
-    """The checkout's commit, `+changes` if files differ from it, or `unknown` outside a checkout."""
+    """The checkout's commit, `+changes` if files differ from it, or `unknown` outside a checkout.
+
+    Documents and results are no such files: with every row of a table that is made there are new ones.
+    """
     folder = pathlib.Path(__file__).parent
 
     def git(*arguments):
@@ -52,6 +64,7 @@ def git_commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        changes = git("status", "--porcelain", "-uno", "--", ":/", *_NO_CODE)
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
