@@ -19,7 +19,7 @@ from qflax.deploy.runner import execute
 from qflax.deploy.stablehlo import to_stablehlo
 from qflax.errors import UserError, choose, require
 from qflax.files import require_makeable, write_atomically
-from qflax.numerics import in_full_precision
+from qflax.numerics import on_cpu
 
 _TOLERANCE = 1e-4  # Relative; float sums depend on their order.
 
@@ -64,7 +64,7 @@ class Export:
     exact: bool
 
 
-@in_full_precision
+@on_cpu()
 def export(
     function: Callable[[typing.Any, jax.Array], jax.Array],
     variables: typing.Any,
@@ -94,6 +94,7 @@ def export(
     require(not file.exists(), f"{file}: is there already; delete it, or choose another --output")
     require(file.parent.is_dir(), f"{file.parent}: no such folder; make it, or choose another --output")
     require_makeable(file.parent)
+    variables = jax.device_get(variables)  # They may be bound to an accelerator.
     graph = lower(functools.partial(function, variables), shape)
     x = probe_input(shape, low, high)
     trained = np.asarray(jax.jit(function)(variables, x), np.float32)
@@ -103,7 +104,8 @@ def export(
     if not difference <= allowed:
         raise UserError(
             f"{file}: not written: on the probe its outputs would differ from the trained network's by "
-            f"{difference:.3g}, and {allowed:.3g} is allowed; export on a CPU, or report this network"
+            f"{difference:.3g}, and {allowed:.3g} is allowed; report this network, and let JAX have a CPU "
+            "(JAX_PLATFORMS)"
         )
     probe = probe_metadata(low, high, trained, sums)
     graph = dataclasses.replace(graph, metadata={**(metadata or {}), "probe": probe})

@@ -7,7 +7,7 @@ from qflax.numerics.accumulator_aware import (
     code_sums,
     within_accumulator,
 )
-from qflax.numerics.arithmetic import in_full_precision, product, quotient
+from qflax.numerics.arithmetic import full_precision, on_cpu, product, quotient
 from qflax.numerics.convolution import convolve
 from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
@@ -45,9 +45,10 @@ __all__ = [
     "convolve",
     "data_type_width",
     "floor_at",
+    "full_precision",
     "highest_code",
-    "in_full_precision",
     "norm_width",
+    "on_cpu",
     "power_of_two",
     "product",
     "project_onto_l1_ball",

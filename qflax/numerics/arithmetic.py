@@ -6,8 +6,9 @@ compiled, and a code close to a rounding boundary on the last bit. Exports could
 that was trained.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,31 @@ from jax.custom_derivatives import SymbolicZero
 from qflax.numerics.operation import Operation
 
 
-def in_full_precision(function: Callable) -> Callable:
-    """`function`, with all convolutions and matrix products that it computes or traces in full float32.
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within it JAX computes and traces convolutions and matrix products in full float32.
 
     Unless told so, accelerators round float32 operands: GPUs to 11 bits (TF32), TPUs to 8 (bfloat16). That
     suits training; but codes beyond 11 or 8 bits, and what is not quantized, would come out differently in
     an export.
     """
+    with jax.default_matmul_precision("highest"):
+        yield
 
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
 
-    return wrapped
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within it JAX computes on the CPU, where it has one, in full float32: as what is deployed is computed.
+
+    Accelerators do not round quotients correctly, so that a code next to a rounding boundary may be another
+    one there.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out.
+        cpu = jax.config.jax_default_device
+    with full_precision(), jax.default_device(cpu):
+        yield
 
 
 @Operation

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from qflax.data import Batch, Dataset, load
+from qflax.numerics import full_precision
 from qflax.report.runs import Run
 from qflax.training import build
 from qflax.training.workdir import serving
@@ -49,6 +50,7 @@ class Predictions:
         return float(np.trace(self.confusion) / self.confusion.sum())
 
 
+@full_precision()
 def predict(run: Run, *, data_dir: str = "", most_mistakes: int = 18) -> Predictions:
     """Has a run's last checkpoint tell the test images.
 

@@ -13,7 +13,7 @@ from clu import metrics
 
 from qflax.data import Dataset
 from qflax.data.augment import normalize
-from qflax.numerics import in_full_precision
+from qflax.numerics import full_precision
 from qflax.training.losses import cross_entropy
 from qflax.training.parallel import AXIS, Devices
 
@@ -67,7 +67,7 @@ class Evaluator:
 
         self._step = devices.pmap(batch_metrics, data_axes=self._batches.axes)
 
-    @in_full_precision
+    @full_precision()
     def __call__(self, variables: Mapping) -> dict[str, float]:
         """Mean `loss` (cross entropy), `accuracy` and `top5_accuracy` over all examples."""
         total = EvaluationMetrics.empty()

@@ -15,7 +15,7 @@ from qflax import config as config_lib
 from qflax.data import load_training
 from qflax.errors import require
 from qflax.files import write_atomically
-from qflax.numerics import in_full_precision
+from qflax.numerics import full_precision
 from qflax.ptq.divergence import compare_outputs
 from qflax.ptq.recipe import Networks, Settings, apply_recipe, check_recipe
 from qflax.ptq.reconstruction import Reconstruction
@@ -38,7 +38,7 @@ SENSITIVITY_FILE = "sensitivity.txt"
 RECIPE_FILE = "recipe.txt"
 
 
-@in_full_precision
+@full_precision()
 def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, object]:
     """Quantizes the run `config.init_from` as the configuration says, without training.
 
@@ -116,7 +116,7 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
     return result
 
 
-@in_full_precision
+@full_precision()
 def measure_sensitivities(
     config: ml_collections.ConfigDict, bits: Sequence[int] = (8, 4, 2)
 ) -> list[Sensitivity]:

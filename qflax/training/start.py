@@ -10,7 +10,7 @@ import ml_collections
 from qflax import config as config_lib
 from qflax.errors import require
 from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
-from qflax.numerics import in_full_precision
+from qflax.numerics import full_precision
 from qflax.ptq import correct_biases, fold_norms, reestimate_norms, set_ranges
 from qflax.quantizers import PARAMETERS, ROLES, STATISTICS, calibrate, widths_frozen
 from qflax.training import build
@@ -25,7 +25,7 @@ _SAME_FUNCTION = ("dataset", "mean", "std", "model", "stem", "shortcut", "residu
 _QUANTIZATION = (*ROLES, "rules")
 
 
-@in_full_precision
+@full_precision()
 def starting_variables(config: ml_collections.ConfigDict, batches: Iterable[jax.Array]) -> dict:
     """Variables of step 0.
 

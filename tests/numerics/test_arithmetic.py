@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qflax.numerics import in_full_precision, product, quotient
+from qflax.numerics import full_precision, on_cpu, product, quotient
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu",
@@ -62,5 +62,8 @@ def test_products_of_arrays_are_in_full_precision_whatever_the_setting():
         return jnp.matmul(x, 2 * jnp.eye(100))
 
     with jax.default_matmul_precision("bfloat16"):
-        texts = [jax.jit(function).lower(X).as_text() for function in (double, in_full_precision(double))]
-    assert ["HIGHEST" in text for text in texts] == [False, True]
+        texts = [
+            jax.jit(function).lower(X).as_text()
+            for function in (double, full_precision()(double), on_cpu()(double))
+        ]
+    assert ["HIGHEST" in text for text in texts] == [False, True, True]
