@@ -123,11 +123,15 @@ def configure(batch_size: int = 1, num_devices: int = 0, num_processes: int = 1)
     - On a CPU, one virtual device per core, as many as divide the batch, and what else `cpu.set_backend`
       does.
     - Compiled programs are kept in the user's cache folder, so that the next start compiles nothing.
+    - JAX's backend starts.
 
     Args:
       batch_size: of all devices together.
       num_devices: how many devices the CPUs of all processes should be; 0 leaves it to the rule above.
       num_processes: that share the batch.
+
+    Raises:
+      UserError: JAX cannot compute where JAX_PLATFORMS says.
     """
     cpu.set_backend(max(batch_size // num_processes, 1), num_devices // num_processes)
     if jax.config.jax_compilation_cache_dir is None:
@@ -135,3 +139,11 @@ def configure(batch_size: int = 1, num_devices: int = 0, num_processes: int = 1)
         jax.config.update("jax_compilation_cache_dir", str(cache / "qflax" / "xla"))
         # JAX leaves out what compiles within a second; a start has dozens of those, two seconds in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX cannot compute there "
+            f"({one_line(error, 300) or type(error).__name__}); install JAX for it, such as with "
+            "pip install -U 'jax[cuda13]', or set it to cpu"
+        ) from None

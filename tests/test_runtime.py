@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from qflax import runtime
@@ -90,3 +91,16 @@ def test_one_process_joins_none(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert runtime.join_processes(num_processes=1) == 1
+
+
+def test_a_platform_that_jax_does_not_have_is_told_in_a_line(monkeypatch):
+    def devices():
+        raise AssertionError  # As for cuda where CUDA's plugin is not installed.
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(
+        UserError, match=r"JAX_PLATFORMS=cuda: .*\(AssertionError\); install JAX for it"
+    ) as error:
+        runtime.configure()
+    assert "\n" not in str(error.value)

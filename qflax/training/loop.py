@@ -71,9 +71,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
             if is_first():
                 config_lib.check_unchanged(config, workdir)
             if from_first(np.bool_((workdir / workdir_lib.RESULT_FILE).exists())):
-                return workdir_lib.load_result(workdir) if is_first() else {}
+                return _trained(workdir) if is_first() else {}
             trainer = Trainer(config, workdir, interruption)
         return trainer.run()
+
+
+def _trained(workdir: pathlib.Path) -> dict[str, object]:
+    """The result of a run that has ended."""
+    result = workdir_lib.load_result(workdir)
+    require(
+        "train_seconds" in result,
+        f"{workdir}: was quantized without training; to train on from it, choose another --workdir and "
+        f"--config.init_from={workdir}",
+    )
+    return result
 
 
 class Trainer:
@@ -122,8 +133,11 @@ class Trainer:
     def run(self) -> dict[str, object]:
         """Trains to the end and evaluates on the test split."""
         self.recorder.say(f"{self.origin['device']}, {self.num_examples} training images")
+        if self.start == 0:
+            self.recorder.say(f"starts from {self.config.init_from or 'random weights (config.init_from)'}")
+        where = " for the CPU" if self.devices.platform == "cpu" else ""
         for name, value in self.origin["settings"].items():
-            self.recorder.say(f"set for the CPU: {name}={value}")
+            self.recorder.say(f"set{where}: {name}={value}")
         try:
             state = self._steps()
             self.recorder.wait()

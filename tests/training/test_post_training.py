@@ -57,6 +57,8 @@ def test_nothing_that_is_there_is_overwritten(quantized):
     with pytest.raises(UserError, match="choose another --workdir"):
         quantize(config, workdir)
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with pytest.raises(UserError, match=r"was quantized without training; to train on from it, .*init_from="):
+        train(config, workdir)
 
 
 def test_fine_tuning_goes_on_from_the_learned_rounding_and_ranges(quantized, tmp_path):
