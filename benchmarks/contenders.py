@@ -6,6 +6,7 @@ import time
 import jax
 import numpy as np
 
+from benchmarks.peers.jax_training import device_memory
 from benchmarks.peers.problem import Problem
 from configs import default
 from qflax import runtime
@@ -64,6 +65,7 @@ class Training:
       compile_seconds: of tracing and compiling them.
       program: that was compiled.
       num_devices: that share a batch.
+      loss: of the last step that was waited for.
     """
 
     def __init__(self, problem: Problem, weights, activations, *rules, num_devices: int = 0):
@@ -91,12 +93,20 @@ class Training:
         self.compile_seconds, self.program = time.monotonic() - began, self._dispatch.as_text()
 
     def __call__(self) -> None:
-        """Makes `steps` steps and waits for them."""
+        """Makes `steps` steps, without waiting for them."""
         end, data = next(self._dispatches)
         rates = self._rates.window(self._at, end)
-        results = self._dispatch(self._state, data, rates, *self._numbers)
-        (self._state, metrics), self._at = jax.block_until_ready(results), end
-        self.loss = float(metrics["loss"][-1])
+        self._state, self._metrics = self._dispatch(self._state, data, rates, *self._numbers)
+        self._at = end
+
+    def wait(self) -> None:
+        """Waits for all steps."""
+        jax.block_until_ready(self._state)
+        self.loss = float(self._metrics["loss"][-1])
+
+    def device_memory(self) -> int | None:
+        """The most bytes that were in use on a device, where it has memory of its own."""
+        return device_memory()
 
 
 CONTENDERS = {

@@ -14,6 +14,7 @@ import sys
 from benchmarks.tables import CONFIGS, TABLES, Row, Table
 from qflax import config_file
 from qflax.files import write_atomically
+from qflax.report.published import linked
 
 ROOT = CONFIGS.parent
 DOCUMENTS = ("README.md", "docs/results.md", "docs/recipes.md")
@@ -63,7 +64,7 @@ def filled(text: str, found: dict[tuple[str, str], list[dict]], tried: dict) -> 
 def summary(table: Table, found: list[list[dict]]) -> str:
     """A line per row."""
     accuracies = table.published
-    lines = [f"{table.title}; published figures of {table.source}.", ""]
+    lines = [f"{table.title}; published figures of {linked(table.source)}.", ""]
     lines.append("| | published | top-1 | to float | epochs | file | same class as trained | accumulators |")
     lines.append("|---|---|---|---|---|---|---|---|")
     for row, results in zip(table.rows, found, strict=True):
@@ -86,7 +87,8 @@ def _measured(row: Row, results: list[dict]) -> tuple[str, ...]:
     proofs = [result["verification"] for result in results]
     same, held = "not verified yet", ""
     if all(proofs):
-        same = f"{sum(p['same_class'] for p in proofs):,} of {sum(p['images'] for p in proofs):,}"
+        images = sum(p["images"] for p in proofs)  # None of a data set that is not held in memory.
+        same = f"{sum(p['same_class'] for p in proofs):,} of {images:,}" if images else ""
         held = f"{sum(p['accumulators_held'] for p in proofs)} of {sum(p['integer_layers'] for p in proofs)}"
         if not all(p["ok"] for p in proofs):
             held += ", NOT verified"

@@ -82,11 +82,13 @@ def profile(training, steps: int) -> dict[str, float]:
     """Seconds per step and device of each kind of operation, of the rest and of all; the share `busy`."""
     for _ in range(3):
         training()
+    training.wait()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             began = time.perf_counter()
             for _ in range(steps):
                 training()
+            training.wait()
             elapsed = time.perf_counter() - began
         events, kinds = events_of(folder), kinds_of(training.program)
     events = [event for event in events if event[1] in kinds]

@@ -4,8 +4,9 @@ python -m benchmarks.step_time --model=resnet20 --batch_size=128 --rounds=9 --ou
 
 Every contender trains the same network on the same images in a process of its own, with the same number of
 threads and the same heap. They take turns, so that whatever else the machine does hits all of them: in each
-round every one makes a step that is not timed, and then `--steps` that are, while the others wait. What is
-not installed is left out and said. The extra `benchmark` installs the others.
+round every one makes half as many steps that are not timed, and then `--steps` that are, while the others
+wait; it waits for its device only after the last one. What is not installed is left out and said. The extra
+`benchmark` installs the others.
 """
 
 import argparse
@@ -83,14 +84,17 @@ class Contender:
             self.ready = {"seconds_to_first_step": time.monotonic() - began, **answer}
 
     def step(self, count: int) -> None:
-        """Has it make steps, after one that is not timed."""
+        """Has it make steps, after half as many that are not timed; one that ends has a `problem` then."""
         self._ask(count)
-        self.seconds.append(self._read()["seconds"])
+        answer = self._read()
+        self.problem = answer.get("problem")
+        if self.problem is None:
+            self.seconds.append(answer["seconds"])
 
     def peak_memory(self) -> float:
-        """In MiB, of the process."""
+        """In MiB, of the process, or of its device where that has memory of its own."""
         self._ask(0)
-        return self._read()["memory_mib"]
+        return self._read().get("memory_mib", float("nan"))
 
     def close(self) -> None:
         """Ends it."""
@@ -116,6 +120,7 @@ def contend(name: str, problem: Problem, num_devices: int) -> None:
         training = _builders(_MODULES[name.split()[0]])[name](problem, **own)
         called = time.monotonic()
         training()
+        training.wait()
     except (ImportError, NotImplementedError) as error:
         print(json.dumps({"problem": f"{type(error).__name__}: {error}"}), flush=True)
         return
@@ -126,14 +131,19 @@ def contend(name: str, problem: Problem, num_devices: int) -> None:
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         if count := int(line):
-            training()
-            began = time.perf_counter()
-            for _ in range(count):
+            own = getattr(training, "steps", 1)
+            calls = -(-count // own)
+            for _ in range(-(-calls // 2)):
                 training()
-            steps = count * getattr(training, "steps", 1)
-            answer = {"seconds": (time.perf_counter() - began) / steps}
+            training.wait()
+            began = time.perf_counter()
+            for _ in range(calls):
+                training()
+            training.wait()
+            answer = {"seconds": (time.perf_counter() - began) / (calls * own)}
         else:
-            answer = {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            answer = {"memory_mib": (training.device_memory() or resident) / 2**20}
         print(json.dumps(answer), flush=True)
 
 
@@ -152,13 +162,15 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=cpu.available_cores())
-    parser.add_argument("--num_devices", type=int, default=0, help="of qflax; 0 for all")
+    parser.add_argument("--num_devices", type=int, default=None, help="of qflax; all of a CPU's, else 1")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=2, help="timed, in each round")
+    parser.add_argument("--steps", type=int, default=2, help="timed, in each round; 100 on an accelerator")
     parser.add_argument("--contenders", nargs="*", default=_USUAL, help="names, or 'all'")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.num_devices is None:
+        options.num_devices = 0 if cpu.is_platform() else 1  # As many as the others have.
     fields = ("model", "batch_size", "dtype", "threads")
     problem = Problem(**{name: getattr(options, name) for name in fields})
     if options.contender:
@@ -178,9 +190,12 @@ def main() -> None:
         else:
             contenders[name] = contender
     for _ in range(options.rounds):
-        for contender in contenders.values():
+        for name, contender in list(contenders.items()):
             time.sleep(_REST)
             contender.step(options.steps)
+            if contender.problem:
+                print(f"{name}: left out ({contender.problem})")
+                del contenders[name]
     rows = [_row(name, contender, contenders) for name, contender in contenders.items()]
     # These start JAX: after all has been timed.
     from benchmarks.limit import measure

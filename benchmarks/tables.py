@@ -73,7 +73,8 @@ TABLES = {
         ),
     ),
     "a2q": Table(
-        title="ResNet-18, CIFAR-10, 4-bit weights and activations for accumulators of P bits",
+        title="ResNet-18, CIFAR-10, 4-bit weights and activations for accumulators of P bits (stem and "
+        "classifier: 8-bit weights, any accumulator)",
         dataset="cifar10",
         source=BREVITAS_A2Q,
         rows=(

@@ -15,11 +15,16 @@ from qflax.data.augment import Augmentation, augment, normalize
 Update = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
+def device_memory() -> int | None:
+    """The most bytes that were in use on JAX's first device, where it has memory of its own."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 class Training:
     """A compiled step, its state and its data; a call makes one step, the first one compiles.
 
     Attributes:
-      loss: of the last step.
+      loss: of the last step that was waited for.
     """
 
     def __init__(self, problem: Problem, update: Update, state: Any):
@@ -42,11 +47,18 @@ class Training:
         return step
 
     def __call__(self) -> None:
-        """Makes one step on the next batch."""
-        results = self._compiled(self._state, self._step, *self._data)
-        self._state, loss = jax.block_until_ready(results)
-        self.loss = float(loss)
+        """Makes one step on the next batch, without waiting for it."""
+        self._state, self._loss = self._compiled(self._state, self._step, *self._data)
         self._step += 1
+
+    def wait(self) -> None:
+        """Waits for all steps."""
+        jax.block_until_ready(self._state)
+        self.loss = float(self._loss)
+
+    def device_memory(self) -> int | None:
+        """See `device_memory`."""
+        return device_memory()
 
 
 def set_threads(problem: Problem) -> None:

@@ -81,7 +81,7 @@ class Training:
     """A network, its optimizer and its data; a call makes one step.
 
     Attributes:
-      loss: of the last step.
+      loss: of the last step that was waited for.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Training:
         self._optimizer = _optimizer(problem, self._model)
 
     def __call__(self) -> None:
-        """Makes one step on the next batch."""
+        """Makes one step on the next batch; a GPU's is not waited for."""
         start = self._problem.start(self._step)
         batch = slice(start, start + self._problem.batch_size)
         images = self._augment(self._images[batch])
@@ -123,10 +123,18 @@ class Training:
             loss = loss + self._penalty()
         loss.backward()
         self._optimizer.step()
-        self.loss = loss.item()
+        self._loss = loss.detach()
+        self._step += 1
+
+    def wait(self) -> None:
+        """Waits for all steps."""
+        self.loss = self._loss.item()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        self._step += 1
+
+    def device_memory(self) -> int | None:
+        """The most bytes that were in use on a GPU."""
+        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self._problem.dtype == "float32":
