@@ -4,7 +4,7 @@ python train.py --config=configs/resnet20_int8_cifar10.py --workdir=runs/int8 --
 qflax calibrate runs/fp32 --config=configs/resnet20_int8_cifar10.py --workdir=runs/int8_ptq
 
 Measured so far, shortened: 88.84 % after 4 epochs from a float network at 88.64 %, 9.4 minutes on two CPU
-cores; 88.70 % without training, 1.7 minutes. The commands are in docs/results.md.
+cores; 88.66 % without training. The commands are in docs/results.md.
 """
 
 from configs import resnet20_int4_cifar10

@@ -7,7 +7,7 @@
 | `NPROC`          | size of XLA's thread pool                          | `set_backend`                   |
 | JAX's devices    | one for each core, that share a batch              | `set_backend`                   |
 
-What the user has set is left alone, and so are other platforms. docs/performance.md has what each is worth.
+What the user has set is left alone, and so are other platforms. docs/performance.md says more.
 """
 
 import importlib.util

@@ -62,7 +62,8 @@ def read(split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
         directory,
         ("train", "test"),
         if_damaged=_if_damaged(directory),
-        if_other_format="set TFDS_DATA_DIR or --config.data_dir to another directory to prepare it there",
+        if_other_format=prepared.conversion("cifar10", directory)
+        + "; in another directory it is downloaded and prepared",
     )
     prepared.check_files(builder, split, if_damaged=_if_damaged(directory))
     try:

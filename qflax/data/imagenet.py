@@ -76,9 +76,7 @@ def read(split: str, data_dir: str | None) -> StoredRecords:
         directory,
         tuple(_STORED_SPLITS.values()),
         if_damaged=_BUILD,
-        if_other_format=f"convert it with `tfds convert_format --dataset_version_dir={directory} "
-        f"--out_file_format={prepared.FORMAT} --out_dir=DIR/{_NAME}/{directory.name}`, and set "
-        "TFDS_DATA_DIR or --config.data_dir to DIR",
+        if_other_format=prepared.conversion(_NAME, directory),
     )
     stored = _STORED_SPLITS[split]
     prepared.check_files(builder, stored, if_damaged=_BUILD)

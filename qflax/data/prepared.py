@@ -52,6 +52,15 @@ def open_builder(
     return builder
 
 
+def conversion(name: str, directory: pathlib.Path) -> str:
+    """Returns the remedy for a directory that is not in `FORMAT`."""
+    return (
+        f"convert it, with TensorFlow, by `tfds convert_format --dataset_version_dir={directory} "
+        f"--out_file_format={FORMAT} --out_dir=DIR/{name}/{directory.name}`, and set TFDS_DATA_DIR or "
+        "--config.data_dir to DIR"
+    )
+
+
 def check_files(builder: Any, split: str, *, if_damaged: str) -> None:
     """Raises UserError, with the remedy `if_damaged`, unless all files of a split are there and complete."""
     name, directory = builder.name, builder.data_path

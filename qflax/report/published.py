@@ -5,6 +5,13 @@ import dataclasses
 FLAX_RESNETS = "a Flax repository of quantized ResNets (its 845652f)"
 BREVITAS_A2Q = "Brevitas's accumulator-aware examples"
 BREVITAS_MINIFLOAT = "an extension of Brevitas's QONNX examples"
+_LINKS = {
+    FLAX_RESNETS: {"learned widths": "https://arxiv.org/abs/1905.11452"},
+    BREVITAS_A2Q: {"A2Q": "https://arxiv.org/abs/2308.13504", "A2Q+": "https://arxiv.org/abs/2401.10432"},
+    BREVITAS_MINIFLOAT: {
+        "code": "https://github.com/nghielme/brevitas/tree/float_quant_exp/src/brevitas_examples/bnn_pynq"
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,7 @@ def _resnets(dataset: str, model: str, unit: float, rows: dict) -> tuple[Publish
             model=model,
             label=label,
             accuracy=accuracy,
-            kib=size * unit / 1024,
+            kib=None if size is None else size * unit / 1024,
         )
         for label, (size, accuracy) in rows.items()
     )
@@ -74,7 +81,7 @@ PUBLISHED = (
         "resnet18",
         1e6,
         {
-            "FP32": (18.61, 70.75),
+            "FP32": (None, 70.75),  # The 18.61 MB there are not of this network: float32 takes 46.7 MB.
             "INT8 PTQ": (11.68, 70.62),
             "INT4 PTQ": (5.84, 9.01),
             "INT8 QAT": (11.68, None),
@@ -89,6 +96,11 @@ PUBLISHED = (
     _resnet18(BREVITAS_MINIFLOAT, "w8a8 e4m3", 93.09),
     _resnet18(BREVITAS_MINIFLOAT, "w5a5 e3m1", 90.69),
 )
+
+
+def linked(source: str) -> str:
+    """The source in Markdown, with what it is based on."""
+    return f"{source} ({', '.join(f'[{name}]({link})' for name, link in _LINKS[source].items())})"
 
 
 def published_accuracies(source: str, dataset: str) -> dict[str, float]:
