@@ -160,9 +160,13 @@ class ScaledQuantizer(Quantizer):
 
 
 def _dorefa_weights(w: jax.Array) -> jax.Array:
-    """tanh(w) / max abs(tanh(w)), in [-1, 1] (Zhou et al. 2016, eq. 9 before quantization)."""
+    """tanh(w) / max abs(tanh(w)), in [-1, 1] (Zhou et al. 2016, eq. 9 before quantization).
+
+    Weights without extent are divided by 1, so that a layer that starts from zeros can leave them.
+    """
     squashed = jnp.tanh(w)
-    return squashed / jnp.maximum(jnp.max(jnp.abs(squashed)), SMALLEST_RANGE)
+    largest = jnp.max(jnp.abs(squashed))
+    return squashed / jnp.where(largest <= SMALLEST_RANGE, 1.0, largest)
 
 
 def _pact_clip(x: jax.Array, x_max: jax.Array, signed: bool) -> jax.Array:

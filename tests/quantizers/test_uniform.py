@@ -164,6 +164,12 @@ def test_dorefa_gradient_is_that_of_the_squashed_weights():
     np.testing.assert_allclose(got, jax.grad(squash)(jnp.asarray(X)), rtol=1e-4, atol=1e-5)
 
 
+def test_dorefa_weights_can_leave_zeros():
+    model = make("dorefa", weights=True)
+    assert not model.apply({}, 0 * X).value.any()
+    np.testing.assert_allclose(gradients(model, {}, 0 * X)[1], GY, rtol=1e-6)
+
+
 def test_gradient_scale_of_lsq_counts_one_example_of_activations():
     model = make("lsq", signed=True)
     variables = {PARAMETERS: {"scale": jnp.float32(0.3)}, STATISTICS: {"count": jnp.int32(1)}}
