@@ -151,7 +151,7 @@ class ScaledQuantizer(Quantizer):
 
     def _lsq_gradient(self, parameter: jax.Array, x: jax.Array) -> jax.Array:
         """Scales the gradient by 1 / sqrt(elements * highest code), elements of one example or channel."""
-        count = x.size if self.weights else x.size // x.shape[0]
+        count = x.size if self.weights else math.prod(x.shape[1:])
         count //= max(parameter.size, 1)
         return scale_gradient(parameter, 1 / math.sqrt(max(count, 1) * self.format.highest))
 

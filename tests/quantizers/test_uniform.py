@@ -183,6 +183,12 @@ def test_gradient_scale_of_lsq_counts_one_example_of_activations():
     assert once == pytest.approx(float(plain) / np.sqrt(X[0].size * 7), rel=1e-5)
 
 
+def test_lsq_takes_a_batch_of_nothing():
+    model = make("lsq")
+    variables = calibrated(model, X)
+    assert not gradients(model, variables, X[:0], GY[:0])[0]["scale"]
+
+
 @pytest.mark.parametrize(("granularity", "count"), [("per_tensor", X.size), ("per_channel", X.size // 8)])
 def test_gradient_scale_of_lsq_counts_the_weights_of_one_scale(granularity, count):
     model = make("lsq", weights=True, granularity=granularity)
