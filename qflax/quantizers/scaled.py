@@ -49,11 +49,11 @@ class ScaledQuantizer(Quantizer):
             x = _dorefa_weights(x)
         scale, zero_point = self._grid(x)
         self._declare_bounds()
+        if self._calibrating and not self.weights:
+            return QuantizedArray(x, x / scale, scale, zero_point, fmt, spec.symmetric)
         if spec.scale == "pact":
             x = _pact_clip(x, scale * fmt.threshold, fmt.signed)
             scale = jax.lax.stop_gradient(scale)
-        if self._calibrating and not self.weights:
-            return QuantizedArray(x, x / scale, scale, zero_point, fmt, spec.symmetric)
         stochastic = spec.rounding == "stochastic" and self.has_rng("quantization")
         key = self.make_rng("quantization") if stochastic else None
         if isinstance(fmt, MinifloatFormat):

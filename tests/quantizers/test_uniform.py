@@ -7,7 +7,7 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.quantizers import PARAMETERS, STATISTICS, Uniform, calibrate, quantizer_of
-from qflax.quantizers.collections import CALIBRATION
+from qflax.quantizers.collections import CALIBRATION, GIVEN
 
 RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(16, 3, 8)) * np.linspace(0.5, 2, 8)).astype(np.float32)
@@ -301,9 +301,12 @@ def test_stochastic_rounding_is_unbiased_with_a_key_and_repeatable_without():
     np.testing.assert_array_less(np.abs(mean(jax.random.split(jax.random.key(0), 2000)) - X)[inside], bound)
 
 
-def test_activations_pass_unquantized_while_calibrating_and_weights_do_not():
+@pytest.mark.parametrize("scale", ["lsq", "pact"])
+def test_activations_pass_unquantized_while_calibrating_and_weights_do_not(scale):
     for weights in (False, True):
-        model = make("lsq", weights=weights, statistic="absmax")
+        model = make(scale, weights=weights, statistic="percentile", percentile=90.0)
         state = model.init(jax.random.key(0), X)
-        q, _ = model.apply(state, X, mutable=[PARAMETERS, STATISTICS, *CALIBRATION.values()])
-        assert np.array_equal(q.value, X) == (not weights)
+        marked = [PARAMETERS, STATISTICS, *CALIBRATION.values()]
+        for given in ({}, {GIVEN: {"x_max": jnp.float32(0.5)}}):  # Of a batch, or of a whole set.
+            q, _ = model.apply({**state, **given}, X, mutable=marked)
+            assert np.array_equal(q.value, X) == (not weights)
