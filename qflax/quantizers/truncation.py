@@ -24,7 +24,7 @@ class Truncation:
     gradient passes unchanged.
 
     Attributes:
-      bits: to keep, 1 to 16; integers that have no more stay as they are.
+      bits: to keep, 1 to 16, of signed integers at least 2; integers that have no more stay as they are.
       rounding: `floor`, `half_even`, `ceil` or `toward_zero`.
     """
 
@@ -44,7 +44,8 @@ class TruncationQuantizer(Quantizer):
         """Truncates `inputs`, whose value `x` is.
 
         Raises:
-          UserError: `inputs` are no integers of a fixed width with one scale and no zero point.
+          UserError: `inputs` are no integers of a fixed width with one scale and no zero point, or one bit
+            shall be left of signed ones.
         """
         ok = isinstance(inputs, QuantizedArray) and isinstance(inputs.format, IntegerFormat)
         ok = ok and inputs.scale.ndim == 0 and inputs.symmetric
@@ -61,6 +62,11 @@ class TruncationQuantizer(Quantizer):
             f"not hold; at most {_MOST_BITS} are: lower the bits of the activations before",
         )
         dropped = max(fmt.bits - self.spec.bits, 0)
+        require(
+            not (dropped and fmt.signed and self.spec.bits == 1),
+            f"{'/'.join(self.path[:-1])}: kind='truncation' with bits=1 of signed integers: one signed bit "
+            "is -1 or +1, which no shift gives; keep at least 2 bits, or quantize what comes before unsigned",
+        )
         scale, fmt = inputs.scale * 2.0**dropped, IntegerFormat(bits=fmt.bits - dropped, signed=fmt.signed)
         if self._calibrating:
             return QuantizedArray(x, x / scale, scale, inputs.zero_point, fmt)

@@ -98,6 +98,16 @@ def test_truncation_refuses_sums_that_a_float_does_not_hold():
         Truncation(bits=8, rounding="up")
 
 
+def test_truncation_leaves_no_single_bit_of_signed_integers():
+    """It would be -1 or +1 where a shift leaves -1 or 0."""
+    spec = Uniform(bits=4, scale="constant", scale_value=1.0)
+    x = quantizer_of(spec, weights=False, signed=False).apply({}, X)
+    assert truncating(bits=1).apply({}, x).format.bits == 1
+    x = quantizer_of(spec, weights=False, signed=True).apply({}, X)
+    with pytest.raises(UserError, match="output: kind='truncation' with bits=1 of signed.*at least 2"):
+        truncating(bits=1).apply({}, x)
+
+
 def test_max_pool_keeps_the_grid():
     pool = MaxPool((3, 3), strides=2, padding=((1, 1), (1, 1)))
     padded = np.pad(X, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
