@@ -29,7 +29,8 @@ class AveragePool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
         """Maps [batch, height, width, channels] to [batch, channels]."""
-        mean = _mean(x) if has_codes(x) else jnp.mean(value_of(x), axis=(1, 2))
+        mean = _mean(x) if has_codes(x) else None
+        mean = jnp.mean(value_of(x), axis=(1, 2)) if mean is None else mean
         return Quantize(self.signed, quantization=self.quantization, name="output")(mean)
 
 
@@ -43,8 +44,8 @@ def has_codes(x: jax.Array | QuantizedArray) -> bool:
     )
 
 
-def mean_of_codes(x: QuantizedArray, total: jax.Array, count: int, divisor: float) -> QuantizedArray:
-    """What `has_codes`, summed up and divided.
+def mean_of_codes(x: QuantizedArray, total: jax.Array, count: int, divisor: float) -> QuantizedArray | None:
+    """What `has_codes`, summed up and divided; None where the sums need more bits than a format has.
 
     Args:
       x: the operand.
@@ -55,6 +56,8 @@ def mean_of_codes(x: QuantizedArray, total: jax.Array, count: int, divisor: floa
     fmt = x.format
     if isinstance(fmt, IntegerFormat):
         bits = width_of_extremes(count * fmt.lowest, count * fmt.highest) - (not fmt.signed)
+        if bits > 32:
+            return None
         fmt = IntegerFormat(bits=bits, signed=fmt.signed)
     else:
         fmt = LearnedInteger(bits=fmt.bits + math.ceil(math.log2(count)), signed=fmt.signed)
@@ -62,7 +65,7 @@ def mean_of_codes(x: QuantizedArray, total: jax.Array, count: int, divisor: floa
     return QuantizedArray(product(total, jax.lax.stop_gradient(scale)), total, scale, x.zero_point, fmt)
 
 
-def _mean(x: QuantizedArray) -> QuantizedArray:
+def _mean(x: QuantizedArray) -> QuantizedArray | None:
     pixels = math.prod(x.unscaled.shape[1:3])
     return mean_of_codes(x, jnp.sum(x.unscaled, axis=(1, 2)), pixels, pixels)
 

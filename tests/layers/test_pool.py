@@ -7,7 +7,16 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.layers import AveragePool, MaxPool
-from qflax.quantizers import Minifloat, Quantization, QuantizedArray, Rule, Truncation, Uniform, quantizer_of
+from qflax.quantizers import (
+    Minifloat,
+    Quantization,
+    QuantizedArray,
+    Rule,
+    Truncation,
+    Uniform,
+    quantizer_of,
+    value_of,
+)
 
 X = np.abs(np.random.default_rng(0).normal(size=(2, 4, 6, 3))).astype(np.float32)
 SPEC = Uniform(bits=8, scale="constant", scale_value=1 / 64)
@@ -21,6 +30,15 @@ def test_pool_is_the_mean_over_height_and_width_and_float_by_default():
 def test_quantized_input_is_used_by_its_values():
     q = quantizer_of(SPEC, weights=False).apply({}, X)
     np.testing.assert_allclose(AveragePool().apply({}, q).value, AveragePool().apply({}, q.value), rtol=1e-6)
+
+
+def test_the_mean_of_sums_beyond_32_bits_is_that_of_the_values():
+    spec = Uniform(bits=16, scale="constant", scale_value=1 / 64)
+    for size, held in ((256, True), (512, False)):
+        x = quantizer_of(spec, weights=False, signed=False).apply({}, jnp.ones((1, size, size, 1)))
+        y = AveragePool().apply({}, x)
+        assert isinstance(y, QuantizedArray) == held
+        np.testing.assert_array_equal(value_of(y), [[1.0]])
 
 
 def test_a_rule_on_its_output_quantizes_the_mean_as_unsigned():

@@ -137,6 +137,20 @@ def test_layer_behind_operations_that_move_values_multiplies_codes():
     assert "activations" not in variables["quantizer_params"]["Dense_0"].get("input", {})
 
 
+def test_sums_beyond_32_bits_are_plain_numbers():
+    """Whatever the batch."""
+
+    class Summing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.sum(nn.relu(nn.Dense(1)(x))) / x.size
+
+    rule = dict(layers="relu_0", activations=dict(kind="uniform", bits=16, scale="constant", scale_value=1.0))
+    model, x = quantize(Summing(), rules=[rule]), jnp.ones((2**17, 1))
+    variables = {"params": {"Dense_0": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}}}
+    assert model.apply(variables, x) == model.apply(variables, x[:2]) == 2
+
+
 def test_sign_of_inputs_is_known():
     """Behind a ReLU no code is spent on negative numbers."""
 
