@@ -116,6 +116,11 @@ class Uniform:
             self.statistic in (None, "absmax", "percentile", "mse"),
             f"symmetric=False with statistic={self.statistic!r}: choices: absmax, percentile, mse",
         )
+        require(
+            self.rounding != "toward_zero",
+            "symmetric=False with rounding='toward_zero': what is rounded has the zero point added, so that "
+            "its zero is not that of the data; choices: half_even, floor, ceil, stochastic",
+        )
 
     @property
     def estimator(self) -> Estimator:

@@ -44,6 +44,10 @@ def message_of(function, *args, **fields):
         ({"bits": 4, "symmetric": False, "granularity": "per_channel"}, ["symmetric=False", "per tensor"]),
         ({"bits": 4, "symmetric": False, "statistic": "kl"}, ["statistic='kl'", "absmax, percentile, mse"]),
         ({"bits": 1, "symmetric": False, "signed": True}, ["symmetric=False", "bits=1", "signed=True"]),
+        (
+            {"bits": 4, "symmetric": False, "rounding": "toward_zero"},
+            ["symmetric=False with rounding='toward_zero'", "half_even, floor, ceil, stochastic"],
+        ),
     ],
 )
 def test_impossible_value_is_named_with_the_choices(fields, parts):
