@@ -15,6 +15,8 @@ from qflax.numerics.surrogates import SURROGATES
 
 CLIP_GRADIENTS = ("after_rounding", "before_rounding", "straight_through")
 
+_SMALLEST_STRENGTH = 1e-30  # Within float32.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimator:
@@ -22,8 +24,9 @@ class Estimator:
 
     Attributes:
       rounding: rounding mode of the forward pass (`numerics.rounding`).
-      surrogate: stand-in for the derivative of rounding (`numerics.surrogates`).
-      strength: parameter of the surrogate; None is its default.
+      surrogate: stand-in for the derivative of rounding (`numerics.surrogates`); `tanh` for `half_even` only,
+        and not for a signed bit: its steps lie half-way between integers.
+      strength: parameter of the surrogate, of `tanh` positive; None is its default.
       clip: which elements count as inside the range and receive a gradient.
         `after_rounding`: those whose rounded code needs no clipping (Brevitas);
         `before_rounding`: those strictly between the extreme codes before rounding (LSQ);
@@ -39,6 +42,17 @@ class Estimator:
         choose("rounding", self.rounding, ROUNDING_MODES)
         choose("surrogate", self.surrogate, SURROGATES)
         choose("clip", self.clip, CLIP_GRADIENTS)
+        if self.surrogate == "tanh":
+            require(
+                self.rounding == "half_even",
+                f"surrogate='tanh' with rounding={self.rounding!r}: its steps lie half-way between integers, "
+                "where only rounding='half_even' has its own",
+            )
+            require(
+                self.strength is None or self.strength >= _SMALLEST_STRENGTH,
+                f"strength={self.strength!r}: of surrogate='tanh' it must be positive, at least "
+                f"{_SMALLEST_STRENGTH:g}",
+            )
 
     def through_rounding(self, g: jax.Array, offset: jax.Array) -> jax.Array:
         """Gradient before rounding from the gradient `g` after it; `offset` is input minus output."""

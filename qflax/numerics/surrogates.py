@@ -28,7 +28,7 @@ def tanh(g: jax.Array, offset: jax.Array, strength: float) -> jax.Array:
     """Derivative of a soft staircase of slope `strength` (Gong et al. 2019, DSQ, eq. 4-7).
 
     Between two integers the staircase is a tanh centred at the half-way point; its derivative is
-    normalised so that every step rises by one.
+    normalised so that every step rises by one. Only for codes that lie one apart and change half-way.
     """
     from_centre = 0.5 - jnp.abs(offset)
     rise = 2 * jnp.tanh(0.5 * strength)

@@ -92,6 +92,10 @@ class ScaledQuantizer(Quantizer):
             not (bipolar and self.spec.rounding != "half_even"),
             f"{where}: rounding={self.spec.rounding!r}: a signed bit has no rounding mode but half_even",
         )
+        require(
+            not (bipolar and self.spec.surrogate == "tanh"),
+            f"{where}: surrogate='tanh': its steps are of one, that of a signed bit is of two, from -1 to 1",
+        )
         if self.weights:
             require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
             return

@@ -3,7 +3,7 @@
 import dataclasses
 
 from qflax.errors import choose, require
-from qflax.numerics import CLIP_GRADIENTS, ROUNDING_MODES, SURROGATES, Estimator, IntegerFormat
+from qflax.numerics import CLIP_GRADIENTS, Estimator, IntegerFormat
 from qflax.quantizers.checks import (
     check_flag,
     check_number,
@@ -93,8 +93,7 @@ class Uniform:
         )
         check_scale_value(self)
         self._check_asymmetric()
-        choose("rounding", self.rounding, ROUNDING_MODES)
-        choose("surrogate", self.surrogate, SURROGATES)
+        _ = self.estimator  # Raises if there is no such estimator.
 
     def _check_asymmetric(self):
         if self.symmetric:

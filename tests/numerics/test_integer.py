@@ -223,20 +223,22 @@ def reference_gradients(fmt, estimator, x, scale, zero_point, g):
     return g * slope, g * (codes - zero_point - slope * u), g * (slope - 1) * np.float64(scale)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
+FORMATS = {
+    "u3": IntegerFormat(bits=3, signed=False),
+    "s4": IntegerFormat(bits=4),
+    "ternary": IntegerFormat(bits=2, narrow=True),
+    "bipolar": IntegerFormat(bits=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "surrogate"),
+    [(name, rule) for name in FORMATS for rule in SURROGATES if (name, rule) != ("bipolar", "tanh")],
+)
 @pytest.mark.parametrize("clip", CLIP_GRADIENTS)
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize(
-    "fmt",
-    [
-        IntegerFormat(bits=3, signed=False),
-        IntegerFormat(bits=4),
-        IntegerFormat(bits=2, narrow=True),
-        IntegerFormat(bits=1),
-    ],
-    ids=["u3", "s4", "ternary", "bipolar"],
-)
-def test_gradients_match_their_formula(fmt, clip, surrogate, per_channel):
+def test_gradients_match_their_formula(name, clip, surrogate, per_channel):
+    fmt = FORMATS[name]
     rng = np.random.default_rng(fmt.bits)
     estimator = Estimator(surrogate=surrogate, clip=clip, strength=None if surrogate != "ewgs" else 0.3)
     shape = (CHANNELS,) if per_channel else ()

@@ -60,9 +60,13 @@ def test_ewgs_pulls_values_towards_the_side_that_the_gradient_favours():
     [
         ({"surrogate": "ewgz"}, r"surrogate='ewgz'.*did you mean 'ewgs'.*choices: identity"),
         ({"rounding": "half_evn"}, r"rounding='half_evn'.*did you mean 'half_even'"),
+        ({"surrogate": "tanh", "rounding": "floor"}, r"surrogate='tanh' with rounding='floor'.*'half_even'"),
+        ({"surrogate": "tanh", "rounding": "stochastic"}, r"surrogate='tanh' with rounding='stochastic'"),
+        ({"surrogate": "tanh", "strength": 0.0}, r"strength=0.0: of surrogate='tanh'.*positive"),
+        ({"surrogate": "tanh", "strength": -1.0}, r"strength=-1.0: .*positive"),
         ({"clip": "none"}, r"clip='none'.*choices: after_rounding, before_rounding, straight_through"),
     ],
 )
-def test_unknown_choice_names_field_value_and_choices(fields, message):
+def test_impossible_choice_is_named(fields, message):
     with pytest.raises(UserError, match=message):
         Estimator(**fields)

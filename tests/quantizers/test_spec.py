@@ -30,6 +30,8 @@ def message_of(function, *args, **fields):
         ({"bits": 4, "clip_gradient": "ste"}, ["clip_gradient='ste'", "straight_through"]),
         ({"bits": 4, "rounding": "up"}, ["rounding='up'", "ceil"]),
         ({"bits": 4, "surrogate": "EWGS"}, ["surrogate='EWGS'", "ewgs"]),
+        ({"bits": 4, "surrogate": "tanh", "rounding": "ceil"}, ["surrogate='tanh'", "rounding='ceil'"]),
+        ({"bits": 4, "surrogate": "tanh", "strength": 0.0}, ["strength=0.0", "positive"]),
         ({"bits": 4, "percentile": 0}, ["percentile=0", "(0, 100]"]),
         ({"bits": 4, "percentile": 100.1}, ["percentile=100.1"]),
         ({"bits": 4, "momentum": 0.0}, ["momentum=0.0", "(0, 1]"]),

@@ -113,6 +113,12 @@ def test_asymmetric_weights_are_refused():
         make("lsq", weights=True, symmetric=False).init(jax.random.key(0), X)
 
 
+def test_the_tanh_staircase_is_refused_for_a_signed_bit():
+    with pytest.raises(UserError, match="surrogate='tanh': .* from -1 to 1"):
+        make("lsq", bits=1, surrogate="tanh").init(jax.random.key(0), X)
+    make("lsq", bits=1, surrogate="tanh", signed=False).init(jax.random.key(0), X)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_input_gives_float32_values(dtype):
     x = jnp.asarray(X, dtype)
