@@ -54,6 +54,15 @@ def check_range_fields(spec: typing.Any, statistics: typing.Sequence[str]) -> No
     require(0 < spec.percentile <= 100, f"percentile={spec.percentile!r}: must be in (0, 100]")
 
 
+def check_momentum(spec: typing.Any) -> None:
+    """Checks `momentum`, which is left alone but for a running average."""
+    check_number(spec, "momentum")
+    value, default = spec.momentum, type(spec).momentum
+    require(0 < value <= 1, f"momentum={value!r}: must be in (0, 1]")
+    ok = spec.scale == "ema" or value == default
+    require(ok, f"momentum={value!r}: only scale='ema' has one; elsewhere leave it at {default}")
+
+
 def check_scale_value(spec: typing.Any) -> None:
     """Checks that `scale_value` is there for a constant scale, and only then."""
     value = spec.scale_value

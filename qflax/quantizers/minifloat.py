@@ -10,7 +10,7 @@ from qflax.numerics import (
     MinifloatEstimator,
     MinifloatFormat,
 )
-from qflax.quantizers.checks import check_flag, check_number, check_range_fields, check_scale_value
+from qflax.quantizers.checks import check_flag, check_momentum, check_range_fields, check_scale_value
 
 MINIFLOAT_SCALES = ("constant", "static", "statistic", "ema", "log2", "range")
 MINIFLOAT_STATISTICS = ("absmax", "percentile", "mse")
@@ -69,8 +69,7 @@ class Minifloat:
         choose("clip_gradient", self.clip_gradient, CLIP_GRADIENTS)
         check_flag(self, "signed", or_none=True)
         check_flag(self, "subnormals", "power_of_two")
-        check_number(self, "momentum")
-        require(0 < self.momentum <= 1, f"momentum={self.momentum!r}: must be in (0, 1]")
+        check_momentum(self)
         require(
             self.granularity == "per_tensor" or self.scale != "constant",
             "granularity='per_channel' with scale='constant': that scale is one for all channels",

@@ -6,6 +6,7 @@ from qflax.errors import choose, require
 from qflax.numerics import CLIP_GRADIENTS, Estimator, IntegerFormat
 from qflax.quantizers.checks import (
     check_flag,
+    check_momentum,
     check_number,
     check_range_fields,
     check_scale_value,
@@ -84,14 +85,17 @@ class Uniform:
             choose("clip_gradient", self.clip_gradient, CLIP_GRADIENTS)
         check_flag(self, "signed", "narrow", or_none=True)
         check_flag(self, "symmetric", "power_of_two")
-        check_number(self, "momentum")
+        check_momentum(self)
         check_number(self, "strength", or_none=True)
-        require(0 < self.momentum <= 1, f"momentum={self.momentum!r}: must be in (0, 1]")
         require(
             self.granularity == "per_tensor" or self.scale not in ("constant", "dorefa"),
             f"granularity='per_channel' with scale={self.scale!r}: that scale is one for all channels",
         )
         check_scale_value(self)
+        require(
+            self.strength is None or self.surrogate != "identity",
+            f"strength={self.strength!r} with surrogate='identity': that one has none",
+        )
         self._check_asymmetric()
         _ = self.estimator  # Raises if there is no such estimator.
 

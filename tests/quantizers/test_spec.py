@@ -36,6 +36,8 @@ def message_of(function, *args, **fields):
         ({"bits": 4, "percentile": 100.1}, ["percentile=100.1"]),
         ({"bits": 4, "momentum": 0.0}, ["momentum=0.0", "(0, 1]"]),
         ({"bits": 4, "momentum": float("nan")}, ["momentum=nan"]),
+        ({"bits": 4, "momentum": 0.5}, ["momentum=0.5", "only scale='ema'", "leave it at 0.1"]),
+        ({"bits": 4, "strength": 0.5}, ["strength=0.5", "surrogate='identity'"]),
         ({"bits": 4, "scale": "constant"}, ["scale_value=None", "positive"]),
         ({"bits": 4, "scale": "constant", "scale_value": -1.0}, ["scale_value=-1.0", "positive"]),
         ({"bits": 4, "scale_value": 0.1}, ["scale_value=0.1", "constant"]),
