@@ -103,7 +103,7 @@ class Quantizer(nn.Module):
         return self.spec.range_statistic == "absmax"
 
     def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Ends of one batch's range, on all devices; without any extent up to a usual size.
+        """Ends of one batch's range, on all devices; without any extent up to a usual size; of NaN NaN.
 
         That is 1 for activations, and the standard deviation of a common initialisation for weights, so that
         a layer that starts from zeros can leave them.
@@ -111,9 +111,9 @@ class Quantizer(nn.Module):
         usual = math.sqrt(x.shape[-1] / x.size) if self.weights else 1.0
         low, high = self._ends(x)
         if self._symmetric:
-            ends = {"x_max": jnp.where(high > SMALLEST_RANGE, high, usual)}
+            ends = {"x_max": jnp.where(high <= SMALLEST_RANGE, usual, high)}
         else:
-            ends = {"x_min": low, "x_max": jnp.where(high > low, high, usual)}
+            ends = {"x_min": low, "x_max": jnp.where(high <= low, usual, high)}
         if self.axis_name is None:
             return ends
         if not self._extremes:
@@ -127,8 +127,10 @@ class Quantizer(nn.Module):
             return self.get_variable(GIVEN, "x_min"), self.get_variable(GIVEN, "x_max")
         if not self.weights:
             self.sow(OBSERVED, "calls", Observed(x, self._statistic))
-            x = self._statistic.sample(x)
-        return jax.lax.stop_gradient(self._statistic.range_of(x))
+        sample = x if self.weights else self._statistic.sample(x)
+        low, high = jax.lax.stop_gradient(self._statistic.range_of(sample))
+        # Not every sample has the NaN, nor is every percentile beyond it.
+        return low, jnp.where(jnp.isnan(x).any(), jnp.nan, high)
 
     @property
     def _statistic(self) -> Statistic:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qflax.errors import choose, require
@@ -56,7 +57,7 @@ def calibrate(
       The variables with new quantizer parameters and statistics.
 
     Raises:
-      UserError: `over`, `momentum` or `batches` are impossible.
+      UserError: `over`, `momentum` or `batches` are impossible; a range is not finite.
     """
     choose("over", over, CALIBRATIONS)
     require(0 < momentum <= 1, f"momentum={momentum!r}: must be in (0, 1]")
@@ -88,8 +89,11 @@ def calibrate(
     elif over == "set":
         given = _ranges_of_set(lambda batch: calls_of({**variables, **own}, batch), batches)
         batches = itertools.islice(batches, 1)  # To set what follows from the ranges.
+    batch = None
     for batch in batches:
         own = observe({**variables, GIVEN: given}, own, batch)
+    require(batch is not None, f"over={over!r}: batches is empty, or used up; give at least one batch")
+    _require_finite(own)
     return {**variables, **own}
 
 
@@ -113,6 +117,17 @@ def _counts(path: tuple, roles: Sequence[str]) -> bool:
     if path[-1].key != "count":
         return False
     return len(path) == 1 or ("weights" if path[-2].key == "weights" else "activations") in roles
+
+
+def _require_finite(own: Mapping) -> None:
+    """Raises `UserError` with the paths of quantizers whose numbers are not finite."""
+    numbers = flatten_dict(jax.device_get(own))
+    wrong = ["/".join(path[1:]) for path, x in numbers.items() if not np.isfinite(x).all()]
+    require(
+        not wrong,
+        f"{', '.join(wrong[:3])}: not finite after calibration; there are NaN or infinite elements in the "
+        "batches, in the weights, or in what the network makes of them",
+    )
 
 
 def _momenta(quantizer_stats: Mapping, momentum: float) -> dict:

@@ -52,6 +52,7 @@ class Observer(abc.ABC):
         self._statistic = statistic
         self._merge = np.add
         self._total, self._elements = None, 0  # Of this pass; elements of one row.
+        self._nan = False  # Whether there is one, which may have a rank beyond the one sought.
         self._ends = None  # Lower and upper ends [2, rows].
 
     def update(self, x: jax.Array) -> None:
@@ -60,6 +61,7 @@ class Observer(abc.ABC):
         part = part.astype(np.int64 if part.dtype.kind == "i" else np.float64)
         self._total = part if self._total is None else self._merge(self._total, part)
         self._elements += x.size // (x.shape[-1] if self._statistic.per_channel else 1)
+        self._nan = self._nan or bool(jnp.isnan(x).any())
 
     def end_pass(self) -> None:
         """Takes notice that all parts were seen."""
@@ -67,8 +69,9 @@ class Observer(abc.ABC):
         self._total, self._elements = None, 0
 
     def ends(self) -> dict[str, jax.Array]:
-        """`x_max` and if asymmetric `x_min`, once done: float32 [] or [channels]."""
-        ends = self._ends if self._statistic.per_channel else self._ends[:, 0]
+        """`x_max` and if asymmetric `x_min`, once done: float32 [] or [channels]; of NaN NaN."""
+        ends = np.full_like(self._ends, np.nan) if self._nan else self._ends
+        ends = ends if self._statistic.per_channel else ends[:, 0]
         x_min, x_max = jnp.asarray(ends, jnp.float32)
         return {"x_max": x_max} if self._statistic.symmetric else {"x_min": x_min, "x_max": x_max}
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qflax.errors import UserError
 from qflax.layers import Activation, Conv
 from qflax.quantizers import PARAMETERS, STATISTICS, Quantization, Uniform, calibrate, quantizer_of
 
@@ -75,6 +76,30 @@ def test_an_earlier_calibration_is_forgotten():
 
 def test_data_of_zeros_has_the_range_one():
     assert ranges(quantizer(scale="range", statistic="absmax"), [np.zeros((2, 6), np.float32)])["x_max"] == 1
+
+
+@pytest.mark.parametrize("over", ["batches", "set"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("statistic", ["absmax", "mean", "mse", "percentile"])
+def test_a_range_of_data_with_a_nan_is_named(statistic, symmetric, over):
+    model = quantizer(
+        scale="range", symmetric=symmetric, statistic=statistic if symmetric or statistic != "mean" else None
+    )
+    variables = model.init(jax.random.key(0), BATCHES[0])
+    large = np.ones((400, 400), np.float32)  # So that the percentile is not the maximum.
+    large[1, 2] = np.nan
+    with pytest.raises(UserError, match="x_max.*: not finite after calibration") as error:
+        calibrate(model, variables, [np.ones_like(large), large], over=over)
+    assert "\n" not in str(error.value)
+
+
+def test_a_weight_that_is_nan_is_found():
+    model = Net(Quantization(weights=Uniform(bits=4)))
+    variables = model.init(jax.random.key(0), IMAGES[0], train=True)
+    params = variables["params"]
+    params["conv1"]["kernel"] = params["conv1"]["kernel"].at[0, 0, 0, 0].set(np.nan)
+    with pytest.raises(UserError, match="^conv1/weights/scale, conv1/weights/x_max: not finite"):
+        calibrate(model, variables, IMAGES, train=True)
 
 
 class Net(nn.Module):

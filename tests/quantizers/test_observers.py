@@ -284,6 +284,8 @@ def test_ema_starts_at_the_first_batch_and_moves_by_its_momentum(symmetric, stat
         ({"over": "ema", "momentum": 0}, [NORMAL], "momentum=0"),
         ({"over": "set"}, iter([NORMAL]), "over='set'.*only once.*list"),
         ({"over": "set"}, [], "over='set'.*empty"),
+        ({}, [], "over='batches': batches is empty"),
+        ({"over": "ema"}, iter([]), "over='ema': batches is empty, or used up"),
     ],
 )
 def test_impossible_calls_say_so(options, batches, message):
