@@ -81,17 +81,19 @@ def affine(
       multiply: linear in both of its arguments.
       inputs, kernel: its arguments.
       bias: [features]; an integer one is added to the sums, a float one to what they stand for.
-      dtype: to multiply in.
+      dtype: of the result, and to multiply in; codes are multiplied in float32 where that is float16.
       spread: makes of [features] what is broadcast to the products.
     """
     (x, x_scale), (w, w_scale) = _behind_scale(inputs, per_channel=False), _behind_scale(kernel)
-    y = multiply(x.astype(dtype), w.astype(dtype))
-    if isinstance(bias, QuantizedArray):
-        y += spread(bias.unscaled.astype(dtype))
     scales = [scale for scale in (x_scale, w_scale) if scale is not None]
+    # Sums of codes, which are large numbers behind small scales, leave the range of float16.
+    wide = jnp.dtype(jnp.float32) if scales and dtype == jnp.float16 else dtype
+    y = multiply(x.astype(wide), w.astype(wide))
+    if isinstance(bias, QuantizedArray):
+        y += spread(bias.unscaled.astype(wide))
     if scales:
-        scale = math.prod(scales).astype(dtype)
-        y = product(y, spread(scale) if scale.ndim else scale)
+        scale = math.prod(scales).astype(wide)
+        y = product(y, spread(scale) if scale.ndim else scale).astype(dtype)
     return y if bias is None or isinstance(bias, QuantizedArray) else y + spread(bias.astype(dtype))
 
 

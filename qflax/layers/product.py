@@ -67,13 +67,13 @@ class Product(nn.Module):
 
     @nn.nowrap
     def _linear(self) -> nn.Module:
-        """Flax's layer without a bias, bound to nothing."""
+        """Flax's layer without a bias, bound to nothing, of the dtype of what it is given."""
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self.layer)
             if field.init and field.name not in ("parent", "name")
         }
-        return plain(self.layer)(**{**fields, "use_bias": False}, parent=None)
+        return plain(self.layer)(**{**fields, "use_bias": False, "dtype": None}, parent=None)
 
     @nn.nowrap
     def _kernel_shape(self, x: jax.Array) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Layers with kernels compute what Flax's do, on grids."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,28 @@ def test_operations_are_counted(name):
         biases = theirs.apply(variables, x[:1]).size if ours.use_bias else 0
         assert 2 * cost.macs == flops - biases
     assert cost.macs > 0
+
+
+@pytest.mark.parametrize("biases", [None, IntegerBias()], ids=["float", "integer"])
+@pytest.mark.parametrize("name", ["dense", "general", "conv", "transposed", "einsum"])
+def test_sums_of_codes_stay_within_float16(name, biases):
+    """600 products of codes of 127 are 150 times as much as it holds; what they stand for is 30."""
+    kernel = {"dense": (600, 2), "einsum": (600, 2)}.get(name, (1, 1, 600, 2))
+    layers = {
+        "dense": Dense(2),
+        "general": DenseGeneral(2, axis=(1, 2, 3)),
+        "conv": Conv(2, (1, 1)),
+        "transposed": ConvTranspose(2, (1, 1)),
+        "einsum": Einsum((600, 2), "bd,df->bf"),
+    }
+    quantization = dataclasses.replace(POLICY, biases=biases)
+    layer = layers[name].clone(dtype=jnp.float16, quantization=quantization, quantize_input=True)
+    x = np.ones((1, *kernel[:-1]) if len(kernel) == 2 else (1, 1, 1, 600), np.float16)
+    variables = layer.init(jax.random.key(0), x)
+    params = {"kernel": jnp.full(kernel, 0.05), "bias": jnp.full(2, 0.5)}
+    y = layer.apply(calibrate(layer, {**variables, "params": params}, [x]), x)
+    assert y.dtype == jnp.float16
+    np.testing.assert_allclose(y.ravel(), [30.5, 30.5], rtol=0.01)
 
 
 def test_bias_is_on_the_sums_grid():
