@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
 
 from qflax.numerics import product, quotient
 
@@ -24,10 +25,13 @@ class BatchNorm(nn.BatchNorm):
         mean, variance = self.get_variable("batch_stats", "mean"), self.get_variable("batch_stats", "var")
         variance = variance + self.epsilon
         factor = quotient(jnp.sqrt(variance), variance)  # 1 / sqrt would become an approximate rsqrt.
+        used = [x]
         if self.use_scale:
-            factor = product(self.get_variable("params", "scale"), factor)
+            used.append(self.get_variable("params", "scale"))
+            factor = product(used[-1], factor)
         offset = -product(mean, factor)
         if self.use_bias:
-            offset = offset + self.get_variable("params", "bias")
-        y = product(x.astype(jnp.float32), factor) + offset
-        return y.astype(self.dtype or x.dtype)
+            used.append(self.get_variable("params", "bias"))
+            offset = offset + used[-1]
+        y = product(x.astype(jnp.promote_types(x.dtype, jnp.float32)), factor) + offset
+        return y.astype(canonicalize_dtype(*used, dtype=self.dtype))

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,6 +29,23 @@ def test_it_is_flax_s(fields, running):
     )
     np.testing.assert_allclose(own[0], flax[0], rtol=1e-4, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, own[1], flax[1])
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [None, jnp.float16])
+@pytest.mark.parametrize("fields", [{}, {"use_scale": False, "use_bias": False}])
+def test_its_dtype_is_flax_s(fields, dtype, param_dtype):
+    fields = {**fields, "dtype": dtype, "param_dtype": param_dtype}
+    with jax.enable_x64(True):
+        for input_dtype in (jnp.bfloat16, jnp.float32, jnp.float64):
+            x = jnp.asarray(X, input_dtype)
+            variables = nn.BatchNorm(use_running_average=True, **fields).init(jax.random.key(0), x)
+            own, flax = (
+                layer(use_running_average=True, **fields).apply(variables, x)
+                for layer in (BatchNorm, nn.BatchNorm)
+            )
+            assert own.dtype == flax.dtype
+            np.testing.assert_allclose(np.float64(own), np.float64(flax), rtol=0.02, atol=0.02)
 
 
 def test_evaluation_is_one_product_and_one_sum():
