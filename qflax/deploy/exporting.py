@@ -7,7 +7,6 @@ import typing
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qflax.deploy import packed
@@ -15,7 +14,7 @@ from qflax.deploy.graph import Graph
 from qflax.deploy.lowering import lower
 from qflax.deploy.probe import probe_input, probe_metadata
 from qflax.deploy.ranges import EXACT_IN_FLOAT32, integer_ranges
-from qflax.deploy.runner import execute
+from qflax.deploy.runner import enough_bits, execute
 from qflax.deploy.stablehlo import to_stablehlo
 from qflax.errors import UserError, choose, require
 from qflax.files import require_makeable, write_atomically
@@ -133,14 +132,16 @@ def _served(graph: Graph, x: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
     """The graph's outputs, and sums of integer codes by the node's place."""
     ranges = integer_ranges(graph)
     places = {
-        node.output: i
+        i: node.output
         for i, node in enumerate(graph.nodes)
         if node.operation == "quantize" and node.output in ranges
     }
 
     def run(x):
         values = execute(graph, x)[0]
-        return values[graph.output], {place: jnp.sum(values[name]) for name, place in places.items()}
+        return values[graph.output], {place: values[name] for place, name in places.items()}
 
-    output, sums = jax.jit(run)(x)
-    return np.asarray(output, np.float32), {place: int(total) for place, total in sums.items()}
+    with enough_bits(graph):
+        output, codes = jax.device_get(jax.jit(run)(x))
+    # By NumPy, as int32 would not hold the sum of many wide codes.
+    return output.astype(np.float32), {i: int(np.sum(c, dtype=np.int64)) for i, c in codes.items()}

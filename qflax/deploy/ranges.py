@@ -41,7 +41,8 @@ def weight_sums(node: Node, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _whole(array: np.ndarray) -> bool:
-    return bool(array.size) and bool(np.all(np.isfinite(array))) and bool(np.all(array == np.round(array)))
+    """Whether an array is of integers that int64 holds."""
+    return bool(array.size and np.all(np.abs(array) < 2.0**63) and np.all(array == np.round(array)))
 
 
 def _range(node: Node, inputs: list[Range | None], graph: Graph, shapes: dict) -> Range | None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import export
 
 from qflax.deploy.graph import Graph
-from qflax.deploy.runner import execute
+from qflax.deploy.runner import enough_bits, execute
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -20,5 +20,6 @@ def to_stablehlo(graph: Graph) -> bytes:
     def serve(x):
         return execute(graph, x)[0][graph.output].astype(jnp.float32)
 
-    served = export.export(jax.jit(serve), platforms=PLATFORMS)
-    return bytes(served(jax.ShapeDtypeStruct((batch, *graph.shape), jnp.float32)).serialize())
+    with enough_bits(graph):
+        served = export.export(jax.jit(serve), platforms=PLATFORMS)
+        return bytes(served(jax.ShapeDtypeStruct((batch, *graph.shape), jnp.float32)).serialize())

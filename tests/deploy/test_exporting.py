@@ -1,17 +1,19 @@
 """Exports are written once they are known to compute what was trained."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from networks import INPUT, SHAPE, images, make
+from networks import INPUT, SHAPE, images, make, value
 
 from qflax.deploy import exporting, packed
 from qflax.deploy.exporting import export
 from qflax.deploy.probe import probe_input
-from qflax.deploy.runner import IntegerRunner
+from qflax.deploy.runner import IntegerRunner, enough_bits, execute
 from qflax.deploy.table import layer_table
 from qflax.errors import UserError
-from qflax.quantizers import Quantization, Uniform
+from qflax.layers import Dense
+from qflax.quantizers import Quantization, Uniform, calibrate
 from qflax.verify import verify
 
 
@@ -42,6 +44,36 @@ def test_sums_that_float32_does_not_hold_are_no_error(tmp_path):
     result = export(function, variables, SHAPE, tmp_path / "file", format="packed")
     assert not result.exact and "int14" in layer_table(result.graph)
     assert verify(tmp_path / "file").ok
+
+
+class Wide(nn.Module):
+    """Sums of more than 32 bits, of many codes of 16."""
+
+    @nn.compact
+    def __call__(self, x):
+        sixteen = Uniform(bits=16, scale="static")
+        policy = Quantization(weights=sixteen, activations=sixteen)
+        positive = nn.initializers.constant(0.5)
+        layer = Dense(2, kernel_init=positive, quantize_input=True, quantization=policy, name="head")
+        return value(layer(x / 255))
+
+
+def test_sums_beyond_32_bits_are_exported_exactly(tmp_path):
+    x = np.full((2, 100_000), 255, np.float32)
+    variables = Wide().init(jax.random.key(0), x)
+    variables = calibrate(Wide(), variables, [x])
+    result = export(Wide().apply, variables, (100_000,), tmp_path / "file", format="packed")
+    with enough_bits(result.graph):
+        codes = execute(result.graph, probe_input((100_000,), 0, 255))[0]
+    ((place, total),) = result.graph.metadata["probe"]["sums"]
+    assert total == np.asarray(codes[result.graph.nodes[place].output], np.int64).sum() > 2**31
+    export(Wide().apply, variables, (100_000,), tmp_path / "stablehlo", format="stablehlo")
+    served = jax.export.deserialize(bytearray((tmp_path / "stablehlo").read_bytes()))
+    expected = jax.jit(Wide().apply)(variables, x)
+    run = IntegerRunner(packed.load(tmp_path / "file"))
+    for y in (run(x), served.call(x)):
+        np.testing.assert_allclose(y, expected, rtol=1e-4)
+    assert run.extremes["head"][1] > 2**40
 
 
 def test_stablehlo_serves_any_batch(tmp_path, trained):
