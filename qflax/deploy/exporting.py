@@ -98,6 +98,11 @@ def export(
     x = probe_input(shape, low, high)
     trained = np.asarray(jax.jit(function)(variables, x), np.float32)
     served, sums = _served(graph, x)
+    if trained.shape != served.shape:
+        raise UserError(
+            f"{file}: not written: its outputs would be {served.shape}, and those of the trained network are "
+            f"{trained.shape}; report this network"
+        )
     difference, exact = float(np.max(np.abs(trained - served))), is_exact(graph)
     allowed = 0.0 if exact else _TOLERANCE * float(np.max(np.abs(trained)))
     if not difference <= allowed:

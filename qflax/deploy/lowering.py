@@ -46,6 +46,9 @@ def lower(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) ->
     walk = _Walk()
     (result,) = walk.run(used, _known(traced.consts), [Value("input", (_BATCH, *shape))], "")
     require(isinstance(result, Value), "the function's result does not depend on its input")
+    if result.stretched:  # Only sums with an array of its shape have that.
+        zeros = np.zeros(result.shape[1:], np.float32)
+        result = walk.emit("add", (result, Known(zeros, zeros.shape)), result.shape, {}, "")
     graph = Graph(
         input="input",
         shape=tuple(shape),
@@ -87,16 +90,15 @@ class _Walk:
         shape = equation.outvars[0].aval.shape
         if all(isinstance(value, Known) for value in inputs):
             return _evaluated(equation, name, parameters, inputs, layer)
-        call = Call(
-            name=name, parameters=parameters, inputs=inputs, shape=shape, layer=layer, emit=self._emit
-        )
+        call = Call(name=name, parameters=parameters, inputs=inputs, shape=shape, layer=layer, emit=self.emit)
         if name == "split":
             return split(call)
         if name not in RULES:
             raise call.refuse("has no counterpart in a graph")
         return [RULES[name](call)]
 
-    def _emit(self, operation, inputs, shape, attributes, layer) -> Value:
+    def emit(self, operation, inputs, shape, attributes, layer) -> Value:
+        """Adds a node, whose value has the shape given."""
         output = f"value{len(self.nodes)}"
         names = tuple(x.name if isinstance(x, Value) else self._constant(x) for x in inputs)
         attributes = {name: _python(value) for name, value in attributes.items()}

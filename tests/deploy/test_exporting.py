@@ -8,6 +8,7 @@ from networks import INPUT, SHAPE, images, make, value
 
 from qflax.deploy import exporting, packed
 from qflax.deploy.exporting import export
+from qflax.deploy.lowering import lower
 from qflax.deploy.probe import probe_input
 from qflax.deploy.runner import IntegerRunner, enough_bits, execute
 from qflax.deploy.table import layer_table
@@ -99,16 +100,15 @@ def test_nothing_is_written_over_or_wrongly(tmp_path, trained, monkeypatch):
         export(function, variables, SHAPE, tmp_path / "none" / "file", format="packed")
     with pytest.raises(UserError, match="format='onnx'.*packed, qonnx, qcdq, stablehlo"):
         export(function, variables, SHAPE, tmp_path / "new", format="onnx")
-    monkeypatch.setattr(exporting, "lower", lambda *_: _lowered_wrongly(function, variables))
-    with pytest.raises(UserError, match="not written: on the probe its outputs would differ"):
-        export(function, variables, SHAPE, tmp_path / "new", format="packed")
+    wrong = {
+        "on the probe its outputs would differ": lambda x: function(variables, x * 0.5),
+        r"its outputs would be \(2, 1\), and .* are \(2, 4\)": lambda x: function(variables, x)[:, :1],
+    }
+    for message, other in wrong.items():
+        monkeypatch.setattr(exporting, "lower", lambda *_, other=other: lower(other, SHAPE))
+        with pytest.raises(UserError, match=f"not written: {message}"):
+            export(function, variables, SHAPE, tmp_path / "new", format="packed")
     assert file.read_text() == "mine" and not (tmp_path / "new").exists()
-
-
-def _lowered_wrongly(function, variables):
-    from qflax.deploy.lowering import lower
-
-    return lower(lambda x: function(variables, x * 0.5), SHAPE)
 
 
 def test_the_table_has_a_line_per_kernel(trained, tmp_path):

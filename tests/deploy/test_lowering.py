@@ -83,11 +83,15 @@ def test_a_width_that_is_still_learned_is_told_of():
         lambda x: jax.nn.relu6(jnp.squeeze(x[:, :1], 1)) @ np.eye(8, 5, dtype=np.float32),
         lambda x: jnp.where(True, x, 0.0) + jnp.arange(8.0) * jnp.ones((4, 1)),
         lambda x: jnp.einsum("bhwc,bhwd->bcd", x, 2 * x),
+        lambda x: jnp.broadcast_to(x.max(-1, keepdims=True), x.shape),
+        lambda x: jnp.tanh(jnp.broadcast_to(jnp.sum(x, (1, 2))[:, None], (len(x), 5, 8))),
     ],
 )
 def test_plain_functions(function):
     graph = lower(function, X.shape[1:])
-    np.testing.assert_allclose(run(graph, X), function(X), rtol=2e-6, atol=2e-6)
+    expected = function(X)
+    assert run(graph, X).shape == expected.shape
+    np.testing.assert_allclose(run(graph, X), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(
