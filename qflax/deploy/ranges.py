@@ -5,14 +5,15 @@ import math
 import numpy as np
 
 from qflax.deploy.graph import Graph, Node
-from qflax.deploy.operations import value_shapes
+from qflax.deploy.operations import EXECUTE, value_shapes
 from qflax.numerics import IntegerFormat, accumulator_extremes
 
 Range = tuple[int, int]
 
 EXACT_IN_FLOAT32 = 2**24  # Sums of integers below are exact in float32, in any order.
 
-_KEEPS = ("max_pool", "max", "slice", "reshape", "transpose")
+_MOVES = ("slice", "reshape", "transpose")
+_KEEPS = ("max_pool", "max", *_MOVES)
 
 
 def integer_ranges(graph: Graph) -> dict[str, Range]:
@@ -31,6 +32,32 @@ def integer_ranges(graph: Graph) -> dict[str, Range]:
         if found is not None:
             ranges[node.output] = found
     return ranges
+
+
+def accumulator_ranges(graph: Graph) -> dict[str, Range]:
+    """By its output's name what the accumulator of each integer layer holds: sums, and with biases.
+
+    Biases are all integers that are added to the sums before anything but their layout changes.
+    """
+    ranges, shapes = integer_ranges(graph), value_shapes(graph)
+    extremes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # Layer -> of each channel.
+    sums: dict[str, tuple[str, np.ndarray]] = {}  # Value -> layer, channel of each element.
+    for node in graph.nodes:
+        layer, channels = next((sums[name] for name in node.inputs if name in sums), (None, None))
+        constants = [graph.constants[name].array for name in node.inputs if name in graph.constants]
+        if node.operation in ("conv", "dense") and node.output in ranges:
+            extremes[node.output] = low, _ = _channel_extremes(node, ranges[node.inputs[0]], graph)
+            sums[node.output] = node.output, np.broadcast_to(np.arange(len(low)), shapes[node.output])
+        elif layer and node.operation in _MOVES:
+            sums[node.output] = layer, EXECUTE[node.operation](node, channels)
+        elif layer and node.operation == "add" and node.output in ranges and constants:
+            bias = np.broadcast_to(constants[0].astype(np.int64), channels.shape)
+            low, high = (np.zeros_like(end) for end in extremes[layer])
+            np.minimum.at(low, channels, bias)
+            np.maximum.at(high, channels, bias)
+            extremes[layer] = extremes[layer][0] + low, extremes[layer][1] + high
+            sums[node.output] = layer, channels
+    return {name: (int(low.min()), int(high.max())) for name, (low, high) in extremes.items()}
 
 
 def weight_sums(node: Node, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +111,13 @@ def _range(node: Node, inputs: list[Range | None], graph: Graph, shapes: dict) -
 def _sums(node: Node, x: Range, graph: Graph) -> Range | None:
     if node.inputs[1] not in graph.constants or graph.constants[node.inputs[1]].format is None:
         return None
+    low, high = _channel_extremes(node, x, graph)
+    return int(low.min()), int(high.max())
+
+
+def _channel_extremes(node: Node, x: Range, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest sum of each channel."""
     low, high = min(x[0], 0), max(x[1], 0)  # Padding adds zeros.
     sums = zip(*weight_sums(node, graph), strict=True)
     extremes = [accumulator_extremes(int(p), int(n), low, high) for p, n in sums]
-    return min(low for low, _ in extremes), max(high for _, high in extremes)
+    return tuple(np.array(ends) for ends in zip(*extremes, strict=True))

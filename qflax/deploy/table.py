@@ -3,20 +3,20 @@
 import math
 
 from qflax.deploy.graph import Graph
-from qflax.deploy.ranges import integer_ranges
+from qflax.deploy.ranges import accumulator_ranges, integer_ranges
 from qflax.numerics import width_of_extremes
 
 
 def layer_table(graph: Graph) -> str:
     """Per layer with a kernel: weights, their format, the range of its integer inputs, accumulator bits."""
-    ranges = integer_ranges(graph)
+    ranges, accumulators = integer_ranges(graph), accumulator_ranges(graph)
     rows = [("layer", "weights", "format", "inputs", "accumulator", "promised")]
     for node in graph.nodes:
         if node.operation not in ("conv", "dense") or node.inputs[1] not in graph.constants:
             continue
         kernel = graph.constants[node.inputs[1]]
         inputs = ranges.get(node.inputs[0])
-        sums = ranges.get(node.output)
+        sums = accumulators.get(node.output)
         rows.append(
             (
                 node.layer or node.output,

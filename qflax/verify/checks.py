@@ -202,14 +202,13 @@ def _measure(
         f"the data has {images.dtype} {list(images.shape)} and {len(labels)} labels",
     )
     low, high = (network.probe.low, network.probe.high) if network.probe else _UNIT
-    owners = {layer.node.output: layer for layer in analysis.layers}
-    owners |= {layer.bias_output: layer for layer in analysis.layers if layer.bias_output is not None}
+    owners = {number: layer for layer in analysis.layers for number in layer.outputs}
     seen: dict[IntegerLayer, list[int]] = {}
 
     def observe(number: int, array: np.ndarray) -> None:
         if number in owners:
             layer = owners[number]
-            sums = np.rint(array / analysis.grids[number].scale)
+            sums = np.rint(array / layer.outputs[number])
             require(
                 bool(np.isfinite(sums).all()), f"{network.path}: {layer.node.layer}: a sum is not a number"
             )

@@ -25,8 +25,9 @@ class IntegerLayer:
       weight_bits: of the weights' format.
       x_low, x_high: range of the integer inputs, with 0.
       scale: of the sums, float64 [out] or [1].
-      bias: integers that are added to the sums, int64 [out].
-      bias_output: number of the value with the bias; None without an integer bias.
+      bias_low, bias_high: what is added to the sums of every channel, with 0: the negative integers of all
+        constants together, and the positive ones.
+      outputs: values that are these sums, with some of the constants or none: number -> scale.
     """
 
     node: Node
@@ -35,11 +36,13 @@ class IntegerLayer:
     x_low: int
     x_high: int
     scale: np.ndarray
-    bias: np.ndarray = None
-    bias_output: int | None = None
+    bias_low: list[int] = dataclasses.field(init=False)
+    bias_high: list[int] = dataclasses.field(init=False)
+    outputs: dict[int, np.ndarray] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        self.bias = np.zeros(self.codes.shape[-1], np.int64)
+        self.bias_low, self.bias_high = ([0] * self.codes.shape[-1] for _ in range(2))
+        self.outputs = {self.node.output: self.scale}
 
     @property
     def depth(self) -> int:
@@ -61,11 +64,10 @@ class IntegerLayer:
         return low, high
 
     def extremes(self) -> tuple[list[int], list[int]]:
-        """Of what the accumulator holds, channel by channel, whether the bias comes first or last."""
+        """Of what the accumulator holds, channel by channel, whether biases come first or last."""
         low, high = self.sums()
-        bias = self.bias.tolist()
-        low = [value + min(b, 0) for value, b in zip(low, bias, strict=True)]
-        return low, [value + max(b, 0) for value, b in zip(high, bias, strict=True)]
+        low = [value + bias for value, bias in zip(low, self.bias_low, strict=True)]
+        return low, [value + bias for value, bias in zip(high, self.bias_high, strict=True)]
 
     def attained(self) -> bool:
         """Whether the extreme inputs of the widest channels give the extreme sums.
@@ -79,7 +81,7 @@ class IntegerLayer:
         kernel = self.codes[..., channel : channel + 1]
         x = np.where((kernel > 0) == greatest, self.x_high, self.x_low)[..., 0]
         products = [a * b for a, b in zip(x.ravel().tolist(), kernel.ravel().tolist(), strict=True)]
-        exact, bias = self.sums()[greatest][channel], int(self.bias[channel])
+        exact, bias = self.sums()[greatest][channel], (self.bias_low, self.bias_high)[greatest][channel]
         last = wrapped_sum([*products, bias], self.promised)
         first = wrapped_sum([bias, *products], self.promised)
         return bool(

@@ -2,50 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from qflax.errors import require
-from qflax.verify.executor import ELEMENTARY, EXACT_FLOAT32
+from qflax.verify.biases import Biases
+from qflax.verify.executor import ELEMENTARY
 from qflax.verify.extremes import IntegerLayer
-from qflax.verify.formats import Format, IntegerFormat
+from qflax.verify.formats import IntegerFormat
+from qflax.verify.grid import Grid, aligned, constant_grid, joined, nearly_whole, reshaped, varies, whole
 from qflax.verify.network import Network, Node
 
-_LARGEST = 2**62  # Integers that int64 holds, with a bit to spare.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Grid:
-    """Values that are `scale` times integers.
-
-    Attributes:
-      low, high: least and greatest integer.
-      scale: positive float64, a scalar or an array that broadcasts against the values, of as many axes.
-      bits: of the integers where a quantizer made them, else None.
-      layer: the layer whose sums these are, before anything but a bias was added, and the axis of its output
-        channels; else None.
-    """
-
-    low: int
-    high: int
-    scale: np.ndarray = dataclasses.field(default_factory=lambda: np.float64(1))
-    bits: int | None = None
-    layer: tuple[IntegerLayer, int] | None = None
-
-    @property
-    def uniform(self) -> bool:
-        """Whether there is one scale for all values."""
-        return self.scale.size == 1
-
-    @property
-    def exact(self) -> bool:
-        """Whether float32 holds all of the values, being integers."""
-        return bool(np.all(self.scale == 1)) and max(-self.low, self.high) <= EXACT_FLOAT32
-
-    def plain(self, low: int, high: int) -> "Grid":
-        """Values that were made of these, on the same grid; without what only these are."""
-        return Grid(low=low, high=high, scale=self.scale)
+_LARGEST = 2**128  # float32 holds no larger numbers.
+_WIDEST_INPUT = 2**62  # Times weights and their number, that is a number of float32 still.
+_KEPT = 2**24  # Elements of all scales together.
 
 
 class Analysis:
@@ -65,16 +36,25 @@ class Analysis:
         self.layers: list[IntegerLayer] = []
         self.float_layers: list[Node] = []
         self.inexact: list[Node] = []
+        self._biases, self._kept = Biases(), 0
         for number, fmt in network.constants.items():
-            self._set(number, _constant_grid(network.fixed[number], fmt))
+            self._set(number, constant_grid(network.fixed[number], fmt))
         for node in network.nodes:
-            self._set(node.output, getattr(self, f"_{node.operation}", self._nothing)(node))
+            grid = getattr(self, f"_{node.operation}", self._nothing)(node)
+            if grid is None and node.output in network.fixed:
+                grid = constant_grid(network.fixed[node.output])
+            self._set(node.output, grid)
 
     def _set(self, number: int, grid: Grid | None) -> None:
-        if grid is None or max(-grid.low, grid.high) > _LARGEST:
+        shape = self.network.shapes[number]
+        if grid is None or 0 in shape or max(-grid.low, grid.high) > _LARGEST:
             return
-        if np.all((grid.scale > 0) & (grid.scale < np.inf)):
-            self.grids[number] = grid
+        grid = grid.moved(lambda array: aligned(array, len(shape)))
+        if not np.all((grid.scale > 0) & (grid.scale < np.inf)):
+            return
+        self._kept += grid.scale.size + (0 if grid.channels is None else grid.channels.size)
+        require(self._kept <= _KEPT, f"{self.network.path}: scales of more than {_KEPT:,} elements together")
+        self.grids[number] = grid
 
     def _nothing(self, node: Node) -> None:
         whole_power = node.operation == "power" and node.attributes["exponent"] in (0, 1, 2, 3)
@@ -90,14 +70,22 @@ class Analysis:
             return None
         if len(node.inputs) == 3:
             zero_point = self.network.fixed.get(node.inputs[2])
-        if zero_point is None or not _whole(zero_point):
+        if zero_point is None or not zero_point.size or not whole(zero_point):
             return None
         low, high = fmt.lowest - int(zero_point.max()), fmt.highest - int(zero_point.min())
-        return Grid(low=low, high=high, bits=fmt.bits)
+        x, scale = self._input(node), self.network.fixed.get(node.inputs[1])
+        if x is None or scale is None or not (x.plain and (scale == 1).all()) or zero_point.any():
+            return Grid(low=low, high=high, bits=fmt.bits)
+        if fmt.bipolar:
+            return Grid(low=low, high=high, bits=fmt.bits)
+        # Whole numbers already: the same, but for those that are clipped.
+        channels = x.channels if low <= x.low and x.high <= high else None
+        low, high = (min(max(end, low), high) for end in (x.low, x.high))
+        return dataclasses.replace(x, low=low, high=high, bits=fmt.bits, channels=channels)
 
     def _round(self, node: Node) -> Grid | None:
         x = self._input(node)
-        return x if x is not None and np.all(x.scale == 1) else None
+        return x if x is not None and x.plain else None
 
     _floor = _ceil = _round
 
@@ -105,7 +93,7 @@ class Analysis:
         x, kernel, array = self._input(node), self._input(node, 1), self.network.fixed.get(node.inputs[1])
         known = array is not None and x is not None and kernel is not None and kernel.bits is not None
         matrix = known and array.ndim == (4 if node.operation == "conv" else 2)
-        if not (matrix and x.uniform and _per_output(kernel.scale)):
+        if not (matrix and x.uniform and max(-x.low, x.high) <= _WIDEST_INPUT and _per_output(kernel.scale)):
             self.float_layers.append(node)
             self.inexact.append(node)
             return None
@@ -119,33 +107,36 @@ class Analysis:
         )
         self.layers.append(layer)
         low, high = layer.sums()
-        axis = len(self.network.shapes[node.output]) - 1
-        grid = Grid(low=min(low), high=max(high), scale=_aligned(layer.scale, axis + 1), layer=(layer, axis))
+        channels = self._biases.channels_of(layer)
+        grid = Grid(low=min(low), high=max(high), scale=layer.scale, channels=channels)
         if not (grid.exact and x.exact):
             self.inexact.append(node)
         return grid
 
+    _dense = _conv
+
     def _codes(self, node: Node, quotients: np.ndarray) -> np.ndarray:
-        codes = np.rint(quotients)
-        far = ~(np.abs(quotients - codes) <= 1e-3 + 1e-6 * np.abs(codes))
+        far = ~nearly_whole(quotients)
         require(
             not far.any(),
             f"{self.network.path}: {node.layer}: {far.sum()} weights are no multiples of their scale",
         )
-        return codes.astype(np.int64)
-
-    _dense = _conv
+        return np.rint(quotients).astype(np.int64)
 
     def _add(self, node: Node, sign: int = 1) -> Grid | None:
         operands = self._operands(node)
         if operands is None:
             return None
-        a, b, number = operands
+        (a, b), (first, last) = operands
+        fixed, channels = self.network.fixed, None
+        if last in fixed:
+            channels = a.channels
+            if channels is not None:
+                self._biases.take(a, b, sign * fixed[last], node.output)
+        elif first in fixed and b.channels is not None:  # The constant less the sums.
+            self._biases.take(b, a, -fixed[first], None)
         low, high = (b.low, b.high) if sign > 0 else (-b.high, -b.low)
-        if a.layer is not None and number in self.network.fixed:
-            bias = _aligned(self.network.fixed[number], len(self.network.shapes[node.output]))
-            _take_bias(*a.layer, sign * np.rint(bias / b.scale), node.output)
-        return a.plain(a.low + low, a.high + high)
+        return dataclasses.replace(a.within(a.low + low, a.high + high), channels=channels)
 
     def _subtract(self, node: Node) -> Grid | None:
         return self._add(node, -1)
@@ -160,22 +151,39 @@ class Analysis:
         operands = self._operands(node)
         if operands is None:
             return None
-        a, b, _ = operands
-        return a.plain(choice(a.low, b.low), choice(a.high, b.high))
+        (a, b), _ = operands
+        return a.within(choice(a.low, b.low), choice(a.high, b.high))
 
-    def _operands(self, node: Node) -> tuple[Grid, Grid, int] | None:
-        """Two operands of one scale, the constant one last where the order is free; number of the last."""
-        numbers = node.inputs
-        if node.operation != "subtract" and numbers[0] in self.network.fixed:
-            numbers = numbers[::-1]
-        a, b = (self.grids.get(number) for number in numbers)
-        if a is None or b is None:
+    def _operands(self, node: Node) -> tuple[tuple[Grid, Grid], Sequence[int]] | None:
+        """Two operands of one scale, where the order is free a constant one last; and their numbers."""
+        numbers, fixed = node.inputs, self.network.fixed
+        if any(number not in self.grids for number in numbers):
             return None
-        if b.low == b.high == 0:  # Zero is on every grid.
-            b = dataclasses.replace(b, scale=a.scale)
+        if node.operation != "subtract":
+            numbers = sorted(numbers, key=lambda number: self._rank(number, number in fixed))
         ndim = len(self.network.shapes[node.output])
-        a, b = (dataclasses.replace(grid, scale=_aligned(grid.scale, ndim)) for grid in (a, b))
-        return (a, b, numbers[1]) if np.allclose(a.scale, b.scale, rtol=1e-6, atol=0) else None
+        a, b = (self.grids[number].moved(lambda array: aligned(array, ndim)) for number in numbers)
+        if numbers[1] in fixed:
+            b = self._rescaled(numbers[1], b, a.scale)
+        elif numbers[0] in fixed:
+            a = self._rescaled(numbers[0], a, b.scale)
+        return ((a, b), numbers) if _same(a.scale, b.scale) else None
+
+    def _rank(self, number: int, fixed: bool) -> tuple[bool, ...]:
+        """What is to be kept of two values is known of the lower one."""
+        return fixed, self.grids[number].channels is None, self.grids[number].bits is None
+
+    def _rescaled(self, number: int, grid: Grid, scale: np.ndarray) -> Grid:
+        """A constant of integers in units of another scale, if it is of whole ones."""
+        array = self.network.fixed[number]
+        integers = grid.bits is not None or np.all(scale == 1) or not array.any()
+        if _same(grid.scale, scale) or not integers:
+            return grid
+        quotients = array / scale
+        if not nearly_whole(quotients).all():
+            return grid
+        codes = np.rint(quotients)
+        return Grid(low=int(codes.min()), high=int(codes.max()), scale=scale, bits=grid.bits)
 
     def _multiply(self, node: Node, invert: bool = False) -> Grid | None:
         for i, j in ((0, 1),) if invert else ((0, 1), (1, 0)):
@@ -187,90 +195,92 @@ class Analysis:
             if (factor == 1).all():
                 return grid
             ndim = len(self.network.shapes[node.output])
-            factor = _aligned(factor.astype(np.float64), ndim)
-            scale = _aligned(grid.scale, ndim)
-            scale = scale / factor if invert else scale * factor
-            return Grid(low=grid.low, high=grid.high, scale=scale, bits=grid.bits)
+            factor = aligned(factor.astype(np.float64), ndim)
+            scale = aligned(grid.scale, ndim)
+            return dataclasses.replace(grid, scale=scale / factor if invert else scale * factor)
         return None
 
     def _divide(self, node: Node) -> Grid | None:
         return self._multiply(node, invert=True)
 
     def _max_pool(self, node: Node) -> Grid | None:
-        grid = self._input(node)
-        return grid and grid.plain(grid.low, grid.high)
+        return self._along(node, (1, 2))
 
     def _max(self, node: Node) -> Grid | None:
-        return self._rearranged(node)
+        axes = node.attributes["axes"]
+        grid = self._along(node, axes)
+        return grid and grid.moved(lambda array: array.squeeze(axes))
 
     def _sum_pool(self, node: Node) -> Grid | None:
-        count = math.prod(node.attributes["window"])
-        return self._summed(node, self._rearranged(node), count)
+        return self._summed(node, self._max_pool(node), math.prod(node.attributes["window"]))
 
     def _sum(self, node: Node) -> Grid | None:
         shape = self.network.shapes[node.inputs[0]]
-        return self._summed(
-            node, self._rearranged(node), math.prod(shape[a] for a in node.attributes["axes"])
-        )
+        return self._summed(node, self._max(node), math.prod(shape[axis] for axis in node.attributes["axes"]))
 
     def _summed(self, node: Node, grid: Grid | None, count: int) -> Grid | None:
         """`count` values each, or fewer at the border."""
-        grid = grid and grid.plain(min(grid.low, 0) * count, max(grid.high, 0) * count)
+        grid = grid and grid.within(min(grid.low, 0) * count, max(grid.high, 0) * count)
         if grid is None or not grid.exact:
             self.inexact.append(node)
         return grid
 
-    def _rearranged(self, node: Node) -> Grid | None:
+    def _along(self, node: Node, axes: Sequence[int]) -> Grid | None:
+        """The input's grid, if it has one scale all along some axes."""
         grid = self._input(node)
-        return dataclasses.replace(grid, layer=None) if grid and grid.uniform else None
+        if grid is None or varies(grid.scale, axes):
+            return None
+        lost = grid.channels is None or varies(grid.channels, axes)
+        return dataclasses.replace(grid, bits=None, channels=None if lost else grid.channels)
 
-    _reshape = _slice = _rearranged
+    def _reshape(self, node: Node) -> Grid | None:
+        grid, shapes = self._input(node), self.network.shapes
+        before, after = shapes[node.inputs[0]], shapes[node.output]
+        return grid and grid.moved(lambda array: reshaped(array, before, after))
+
+    def _slice(self, node: Node) -> Grid | None:
+        grid, bounds = self._input(node), [node.attributes[name] for name in ("start", "stop", "step")]
+
+        def move(array: np.ndarray) -> np.ndarray:
+            places = zip(*bounds, array.shape, strict=True)
+            return array[tuple(slice(*place[:3]) if place[3] > 1 else slice(None) for place in places)]
+
+        return grid and grid.moved(move)
 
     def _pad(self, node: Node) -> Grid | None:
-        grid = self._rearranged(node)
-        return grid and grid.plain(min(grid.low, 0), max(grid.high, 0))
+        grid, padding = self._input(node), node.attributes["padding"]
+
+        def move(array: np.ndarray) -> np.ndarray:
+            pairs = zip(padding, array.shape, strict=True)
+            return np.pad(array, [pair if size > 1 else (0, 0) for pair, size in pairs], "edge")
+
+        if grid is None:
+            return None
+        grid = dataclasses.replace(grid, low=min(grid.low, 0), high=max(grid.high, 0), bits=None)
+        return grid.moved(move)
 
     def _transpose(self, node: Node) -> Grid | None:
         grid, permutation = self._input(node), node.attributes["permutation"]
-        if grid is None:
-            return None
-        scale = _aligned(grid.scale, len(permutation))
-        layer = grid.layer and (grid.layer[0], permutation.index(grid.layer[1]))
-        return dataclasses.replace(grid, scale=scale.transpose(permutation), layer=layer)
+        return grid and grid.moved(lambda array: array.transpose(permutation))
 
     def _concatenate(self, node: Node) -> Grid | None:
         grids = [self.grids.get(number) for number in node.inputs]
-        if any(grid is None or not grid.uniform for grid in grids):
+        if any(grid is None for grid in grids):
             return None
-        scales = np.array([grid.scale.item() for grid in grids])
-        if not np.allclose(scales, scales[0], rtol=1e-6, atol=0):
-            return None
+        shapes, axis = [self.network.shapes[number] for number in node.inputs], node.attributes["axis"]
+        channels, scale = None, grids[0].scale
+        if not (grids[0].uniform and all(_same(grid.scale, scale) for grid in grids)):
+            scale = joined([grid.scale for grid in grids], shapes, axis)
+        if any(grid.channels is not None for grid in grids):
+            nowhere = np.full((1,) * len(shapes[0]), -1)
+            parts = [nowhere if grid.channels is None else grid.channels for grid in grids]
+            channels = joined(parts, shapes, axis)
         low, high = min(grid.low for grid in grids), max(grid.high for grid in grids)
-        return Grid(low=low, high=high, scale=np.float64(scales[0]))
+        return Grid(low=low, high=high, scale=scale, channels=channels)
 
 
-def _take_bias(layer: IntegerLayer, axis: int, codes: np.ndarray, output: int) -> None:
-    """Notes integers that are added to a layer's sums, if there is one for every output channel."""
-    if layer.bias_output is None and codes.size in (1, codes.shape[axis]):
-        layer.bias = np.broadcast_to(codes.reshape(-1), layer.codes.shape[-1:]).astype(np.int64)
-        layer.bias_output = output
-
-
-def _constant_grid(array: np.ndarray, fmt: Format | None) -> Grid | None:
-    bits = fmt.bits if isinstance(fmt, IntegerFormat) else None
-    if not array.size or bits is None and (fmt is not None or not _whole(array)):
-        return None
-    return Grid(low=int(array.min()), high=int(array.max()), bits=bits)
-
-
-def _whole(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array).all() and np.array_equal(array, np.rint(array)))
-
-
-def _aligned(array: np.ndarray, ndim: int) -> np.ndarray:
-    """With axes of size 1 in front, as broadcasting would."""
-    array = np.asarray(array)
-    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+def _same(scale: np.ndarray, other: np.ndarray) -> bool:
+    return np.allclose(scale, other, rtol=1e-6, atol=0)
 
 
 def _per_output(scale: np.ndarray) -> bool:

@@ -4,12 +4,17 @@ import dataclasses
 import functools
 import warnings
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
-from networks import INTEGER, LAYERS, POLICIES, SHAPE, images
+from networks import INPUT, INTEGER, LAYERS, POLICIES, SHAPE, images
 
 from qflax.deploy import packed
 from qflax.deploy.exporting import export
+from qflax.deploy.table import layer_table
+from qflax.layers import Conv, Dense, DenseGeneral, Einsum, Quantize, layer_costs
+from qflax.quantizers import AccumulatorAware, IntegerBias, Quantization, calibrate
 from qflax.verify import load, run, verify
 
 ONNX = ("qonnx", "qcdq")
@@ -119,3 +124,42 @@ def test_a_wrong_scale_and_a_missing_zero_point_are_found(tmp_path, trained, wha
 
     report = tampered(tmp_path / "file", change)
     assert not report.ok and "input" in " ".join(report.failures)
+
+
+BIASED = {
+    "conv": functools.partial(Conv, 4, (3, 3)),
+    "dense": functools.partial(Dense, 5),
+    "dense general": functools.partial(DenseGeneral, (2, 3), axis=(-2, -1)),
+    "einsum": functools.partial(Einsum, (3, 4, 2), "bhwc,ckd->bhwkd"),
+}
+
+
+@pytest.mark.parametrize("format", ["packed", *ONNX])
+@pytest.mark.parametrize("kind", BIASED)
+def test_biases_are_in_the_accumulator_wherever_they_are_added(tmp_path, kind, format):
+    """By the cost table, by what `qflax export` prints, and by the verifier."""
+    if format in ONNX:
+        pytest.importorskip("onnx")
+    weights = AccumulatorAware(bits=4, accumulator_bits=12)
+    policy = Quantization(weights=weights, biases=IntegerBias(bits=32), rules=(INPUT,))
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = BIASED[kind](quantization=policy, name="layer", bias_init=nn.initializers.normal(300))
+            return layer(Quantize(quantization=policy, name="input")(x)).reshape(len(x), -1)
+
+    x = images(4)[:, :6, :4] / 128 - 1
+    variables = calibrate(Network(), Network().init(jax.random.key(0), x), [x])
+    (cost,) = (cost for cost in layer_costs(Network(), variables, x[:1]) if cost.accumulation)
+    bits = cost.accumulation.exact_bits
+    assert bits > 12
+
+    def function(variables, x):
+        return Network().apply(variables, x / 128 - 1)
+
+    result = export(function, variables, x.shape[1:], tmp_path / "file", format=format)
+    assert f"{bits} bits" in layer_table(result.graph).splitlines()[1]
+    report = verify(tmp_path / "file")
+    assert [layer.needed for layer in report.layers] == [bits] and not report.layers[0].holds
+    assert len(report.failures) == 1 and f"need {bits} bits, not 12" in report.failures[0]

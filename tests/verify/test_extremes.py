@@ -16,7 +16,7 @@ def layer(codes, x_low, x_high, bias=None, promised=None):
         node=node, codes=np.array(codes), weight_bits=4, x_low=x_low, x_high=x_high, scale=np.ones(1)
     )
     if bias is not None:
-        made.bias = np.array(bias)
+        made.bias_low, made.bias_high = np.minimum(bias, 0).tolist(), np.maximum(bias, 0).tolist()
     return made
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.verify import load, run, table, verify
+from qflax.verify.ranges import Analysis
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -234,6 +235,65 @@ def test_stored_integers_between_quantize_and_dequantize(tmp_path):
     assert row.inputs == (-3, 12) and row.weight_bits == 8
     low, high = -3 * positive - 12 * negative, 12 * positive + 3 * negative
     assert row.extremes == ((low + np.minimum(bias, 0)).min(), (high + np.maximum(bias, 0)).max())
+
+
+def quant(x, y, bits="four", scale="one", signed=0):
+    attributes = dict(domain=QONNX, signed=signed, narrow=0, rounding_mode="ROUND")
+    return helper.make_node("Quant", [x, scale, "zero", bits], [y], **attributes)
+
+
+NUMBERS = dict(one=F(1), zero=F(0), four=F(4), bits=F(32), half=F(0.5))
+LONG = F([1e6, -2e6, 3e6, -4e6])
+SCALES = F([0.5, 0.25, 0.75, 1])
+# Nodes from the inputs q and the weights k on, constants, least and greatest that is added.
+BIASES = {
+    "a second one": (
+        [("Gemm", ["q", "k", "zeros"], {}), ("Add", ["b"], {})],
+        dict(zeros=np.zeros(4, F), b=LONG),
+        (-4e6, 3e6),
+    ),
+    "scaled": ([("Gemm", ["q", "k", "b"], dict(beta=2.0))], dict(b=LONG), (-8e6, 6e6)),
+    "behind a shape": (
+        [("MatMul", ["q", "k"], {}), ("Reshape", ["shape"], {}), ("Add", ["b"], {})],
+        dict(shape=np.array([1, 2, 2]), b=LONG.reshape(2, 2)),
+        (-4e6, 3e6),
+    ),
+    "behind a type": (
+        [("MatMul", ["q", "k"], {}), ("Cast", [], dict(to=TensorProto.INT32)), ("Add", ["b"], {})],
+        dict(b=LONG.astype(np.int32)),
+        (-4e6, 3e6),
+    ),
+    "behind scales": (
+        [("MatMul", ["q", "k"], {}), ("Mul", ["s"], {}), ("Unsqueeze", ["axes"], {}), ("Add", ["b"], {})],
+        dict(s=SCALES, axes=np.array([1]), wide=SCALES * LONG),
+        (-4e6, 3e6),
+    ),
+    "as a norm": (
+        [
+            ("MatMul", ["q", "k"], {}),
+            ("BatchNormalization", ["ones", "b", "mean", "ones"], dict(epsilon=0.0)),
+        ],
+        dict(ones=np.ones(4, F), b=LONG, mean=-np.ones(4, F)),
+        (-4e6 + 1, 3e6 + 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_biases_are_in_the_accumulator_wherever_they_are_added(tmp_path, case):
+    operations, constants, (least, greatest) = BIASES[case]
+    nodes, last = [quant("x", "q"), quant("w", "k", signed=1)], None
+    if "wide" in constants:
+        nodes.append(quant("wide", "b", bits="bits", scale="s", signed=1))
+    for index, (operation, inputs, attributes) in enumerate(operations):
+        inputs = inputs if last is None else [last, *inputs]
+        last = f"y{index}" if index < len(operations) - 1 else "y"
+        nodes.append(helper.make_node(operation, inputs, [last], **attributes))
+    constants = {**NUMBERS, "w": np.full((8, 4), 7, F), **constants}
+    path = model(tmp_path / "n", nodes, constants, (8,), (None,))
+    (layer,) = Analysis(load(path)).layers
+    low, high = layer.extremes()
+    assert (min(low), max(high)) == (least, greatest + 840)
 
 
 ROUNDED = {"ROUND": np.rint, "CEIL": np.ceil, "FLOOR": np.floor, "ROUND_TO_ZERO": np.trunc}

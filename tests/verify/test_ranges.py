@@ -5,10 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from qflax.errors import UserError
 from qflax.verify import load
+from qflax.verify.executor import evaluate
 from qflax.verify.ranges import Analysis
 
 UINT4 = {"kind": "integer", "bits": 4, "signed": False, "narrow": False}
+INT32 = {"kind": "integer", "bits": 32, "signed": True, "narrow": False}
 BIPOLAR = {"kind": "integer", "bits": 1, "signed": True, "narrow": False}
 WINDOW = dict(window=[2, 2], strides=[2, 2])
 NONE = [[0, 0], [0, 0]]
@@ -61,12 +64,15 @@ def test_joined_integers_and_those_of_two_scales(packed, tmp_path):
     joined = file.node("concatenate", [a, b], axis=1)
     added = file.node("add", [a, b])
     mixed = file.node("concatenate", [a, scaled], axis=1)
+    unknown = file.node("concatenate", [0, scaled], axis=1)
     different = file.node("add", [a, scaled])
     grids = Analysis(load(file.save(tmp_path / "n", np.zeros((1, 4))))).grids
     assert (grids[b].low, grids[b].high) == (-6, -4)
     assert (grids[joined].low, grids[joined].high) == (-6, 15)
     assert (grids[added].low, grids[added].high) == (-6, 11)
-    assert mixed not in grids and different not in grids
+    assert (grids[mixed].low, grids[mixed].high) == (0, 15)
+    np.testing.assert_array_equal(grids[mixed].scale, [[1] * 4 + [0.5] * 4])
+    assert unknown not in grids and different not in grids
 
 
 def test_sums_beyond_float32_are_not_exact(packed, tmp_path):
@@ -112,3 +118,144 @@ def test_a_stack_of_kernels_is_no_layer(packed, tmp_path):
     file.node("dense", [file.node("transpose", [x], permutation=[0, 2, 1, 3]), kernels], "stack")
     analysis = Analysis(load(file.save(tmp_path / "n", np.zeros((1, 8)))))
     assert not analysis.layers and [node.layer for node in analysis.float_layers] == ["stack"]
+
+
+class Sums:
+    """A packed file in the making: sums [n, 2, 3, 6] of inputs from 0 to 15; tests go on from there.
+
+    Attributes:
+      constants: numbers of what is to be added.
+      value: number of the last value.
+    """
+
+    kernel = np.random.default_rng(0).integers(-7, 8, (5, 6))
+
+    def __init__(self, file, *constants):
+        self.file, matrix = file, file.integers(self.kernel, 4)
+        self.one, self.zero, *self.constants = (file.floats(n) for n in (1.0, 0.0, *constants))
+        self.value = 0
+        self.quantize(UINT4)
+        self.node("dense", matrix)
+
+    def quantize(self, fmt):
+        self.node("quantize", self.one, self.zero, format=fmt, rounding="half_even")
+
+    def node(self, operation, *others, **attributes):
+        self.value = self.file.node(operation, [self.value, *others], **attributes)
+
+    def extremes(self, path, size):
+        (layer,) = Analysis(load(self.file.save(path, np.zeros((1, size))))).layers
+        return layer.extremes()
+
+    def expected(self, channels, *biases):
+        """What the accumulators hold once these were added to values of the channels."""
+        low, high = 15 * np.minimum(self.kernel, 0).sum(0), 15 * np.maximum(self.kernel, 0).sum(0)
+        for bias in biases:
+            for channel in range(6):
+                added = np.broadcast_to(bias, channels.shape)[channels == channel]
+                low[channel] += added.min(initial=0)
+                high[channel] += added.max(initial=0)
+        return low.tolist(), high.tolist()
+
+
+# What may lie between sums and a constant that is added to them.
+LAYOUTS = {
+    "nothing": [],
+    "reshape": [("reshape", dict(shape=[-1, 2, 3, 2, 3]))],
+    "flatten": [("reshape", dict(shape=[-1, 36]))],
+    "transpose": [("transpose", dict(permutation=[0, 3, 1, 2]))],
+    "two": [("transpose", dict(permutation=[0, 3, 1, 2])), ("reshape", dict(shape=[-1, 12, 3]))],
+    "there and back": [("reshape", dict(shape=[-1, 36])), ("reshape", dict(shape=[-1, 2, 3, 6]))],
+    "slice": [("slice", dict(start=[0, 1, 0, 1], stop=[None, None, None, 5], step=[1, 1, 1, 2]))],
+    "max": [("max", dict(axes=(1, 2)))],
+    "max_pool": [("max_pool", dict(window=[2, 2], strides=[1, 1], padding=NONE))],
+    "round": [("round", {})],
+}
+
+
+@pytest.mark.parametrize("operation", ["add", "subtract"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accumulators_hold_all_constants_that_are_added(packed, tmp_path, layout, operation):
+    channels = np.broadcast_to(np.arange(6, dtype=np.float32), (1, 2, 3, 6))
+    for name, attributes in LAYOUTS[layout]:
+        channels = evaluate(name, [channels], attributes)
+    rng, shape = np.random.default_rng(1), channels.shape[1:]
+    biases = [rng.integers(-900, 900, shape), rng.integers(-900, 900, shape[-1:])]
+    sums = Sums(packed((2, 3, 5)), *biases)
+    for name, attributes in LAYOUTS[layout]:
+        sums.node(name, **attributes)
+    for constant in sums.constants:
+        sums.node(operation, constant)
+    sign = -1 if operation == "subtract" else 1
+    expected = sums.expected(channels, *(sign * bias for bias in biases))
+    assert sums.extremes(tmp_path / "n", channels.size) == expected
+
+
+def test_constants_are_added_from_either_side_and_past_a_quantizer_that_changes_nothing(packed, tmp_path):
+    bias, channels = np.array([10, -20, 30, -40, 50, -60]), np.broadcast_to(np.arange(6), (1, 2, 3, 6))
+    for place in range(3):
+        sums = Sums(packed((2, 3, 5)), bias)
+        if place == 0:
+            sums.quantize(INT32)
+        first, *rest = [sums.value, *sums.constants][:: 1 if place == 0 else -1]
+        sums.value = sums.file.node("subtract" if place == 2 else "add", [first, *rest])
+        assert sums.extremes(tmp_path / "n", 36) == sums.expected(channels, -bias if place == 2 else bias)
+
+
+def test_what_comes_after_another_operation_is_no_bias(packed, tmp_path):
+    sums = Sums(packed((2, 3, 5)), 1000.0, 0.5)
+    sums.node("maximum", sums.zero)
+    sums.node("add", sums.constants[0])
+    sums.node("add", sums.constants[1])
+    assert sums.extremes(tmp_path / "n", 36) == sums.expected(np.zeros((1, 2, 3, 6)))
+
+
+def test_constants_for_layers_side_by_side(packed, tmp_path):
+    """Each takes its own part, and zeros around them are as their neighbour."""
+    file, rng = packed((3,)), np.random.default_rng(0)
+    kernels = [file.integers(rng.integers(-7, 8, (3, n)), 4) for n in (2, 4)]
+    one, zero, bias = (file.floats(n) for n in (1.0, 0.0, [1.0, 2, -40, -50, 5, 6, 7, 80]))
+    x = file.node("quantize", [0, one, zero], format=UINT4, rounding="half_even")
+    y = file.node("concatenate", [file.node("dense", [x, kernel]) for kernel in kernels], axis=1)
+    y = file.node("pad", [y], padding=[[0, 0], [1, 1]])
+    file.node("add", [y, bias])
+    layers = Analysis(load(file.save(tmp_path / "n", np.zeros((1, 8))))).layers
+    assert [layer.bias_low for layer in layers] == [[0, -40], [-50, 0, 0, 0]]
+    assert [layer.bias_high for layer in layers] == [[2, 0], [0, 5, 6, 80]]
+    assert [len(layer.outputs) for layer in layers] == [1, 1]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_bias_in_units_of_its_own(packed, tmp_path, fits):
+    """It is on the sums' grid where its scale is a multiple of theirs."""
+    file = packed((2,))
+    kernel, bias = file.integers(np.ones((2, 1)), 4), file.integers(np.array([-100]), 8)
+    one, zero, half, own = (file.floats(n) for n in (1.0, 0.0, 0.5, 3.5 if fits else 0.333))
+    x = file.node("quantize", [0, one, zero], format=UINT4, rounding="half_even")
+    y = file.node("multiply", [file.node("dense", [x, kernel]), half])
+    file.node("add", [y, file.node("multiply", [bias, own])])
+    (layer,) = Analysis(load(file.save(tmp_path / "n", [[0.0]]))).layers
+    assert layer.extremes() == ([-700 if fits else 0], [30])
+
+
+def test_scales_of_places(packed, tmp_path):
+    """A window over several of them leaves no grid; a sum that is added to it is no error."""
+    file = packed((4, 4, 1))
+    scales = np.arange(1.0, 17).reshape(4, 4, 1)
+    one, zero, large, small = (file.floats(n) for n in (1.0, 0.0, scales, scales[::2, ::2]))
+    x = file.node("quantize", [0, one, zero], format=UINT4, rounding="half_even")
+    pooled = file.node("max_pool", [file.node("multiply", [x, large])], **WINDOW, padding=NONE)
+    other = file.node("multiply", [file.node("max_pool", [x], **WINDOW, padding=NONE), small])
+    y = file.node("add", [pooled, other])
+    grids = Analysis(load(file.save(tmp_path / "n", np.zeros((1, 4))))).grids
+    assert pooled not in grids and y not in grids and grids[other].scale.shape == (1, 2, 2, 1)
+
+
+def test_scales_are_limited(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("qflax.verify.ranges._KEPT", 30)
+    file = packed((4, 4, 1))
+    one, zero, scales = (file.floats(n) for n in (1.0, 0.0, np.arange(1.0, 17).reshape(4, 4, 1)))
+    x = file.node("quantize", [0, one, zero], format=UINT4, rounding="half_even")
+    file.node("multiply", [file.node("multiply", [x, scales]), scales])
+    with pytest.raises(UserError, match="scales of more than 30 elements together"):
+        Analysis(load(file.save(tmp_path / "n", np.zeros((1, 16)))))
