@@ -1,8 +1,9 @@
 """How large the sums of a layer of integers can become, exactly; and inputs for which they do.
 
-All of it is Python's integers. With S+ the sum of a channel's positive weights and S- that of the absolute
-negative ones, sums for inputs from `low` to `high` reach from `low S+ - high S-` to `high S+ - low S-`.
-Inputs are taken to reach 0 at least, as padding does; then every partial sum, in any order, lies in between.
+All of it is Python's integers, but for the sums of weights, which int64 holds. With S+ the sum of a channel's
+positive weights and S- that of the absolute negative ones, sums for inputs from `low` to `high` reach from
+`low S+ - high S-` to `high S+ - low S-`. Inputs are taken to reach 0 at least, as padding does; then every
+partial sum, in any order, lies in between.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from qflax.verify.executor import evaluate
 from qflax.verify.network import Node
 
 DEFAULT_BITS = 32
+LARGEST_CODE = 2**32  # Of a weight; as many as an array may have, 2^26, add up to less than 2^63.
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -21,7 +23,7 @@ class IntegerLayer:
 
     Attributes:
       node: what executes it.
-      codes: integer weights, int64 [..., out].
+      codes: integer weights, int64 [..., out], from -LARGEST_CODE to LARGEST_CODE.
       weight_bits: of the weights' format.
       x_low, x_high: range of the integer inputs, with 0.
       scale: of the sums, float64 [out] or [1].

@@ -9,13 +9,14 @@ import numpy as np
 from qflax.errors import require
 from qflax.verify.biases import Biases
 from qflax.verify.executor import ELEMENTARY
-from qflax.verify.extremes import IntegerLayer
+from qflax.verify.extremes import LARGEST_CODE, IntegerLayer
 from qflax.verify.formats import IntegerFormat
 from qflax.verify.grid import Grid, aligned, constant_grid, joined, nearly_whole, reshaped, varies, whole
 from qflax.verify.network import Network, Node
 
 _LARGEST = 2**128  # float32 holds no larger numbers.
 _WIDEST_INPUT = 2**62  # Times weights and their number, that is a number of float32 still.
+_CERTAIN = 2**20  # Times a scale, in float32, that is rounded to no neighbour's product.
 _KEPT = 2**24  # Elements of all scales together.
 
 
@@ -99,7 +100,7 @@ class Analysis:
             return None
         layer = IntegerLayer(
             node=node,
-            codes=self._codes(node, array / kernel.scale),
+            codes=self._codes(node, array, kernel),
             weight_bits=kernel.bits,
             x_low=min(x.low, 0),
             x_high=max(x.high, 0),
@@ -115,13 +116,18 @@ class Analysis:
 
     _dense = _conv
 
-    def _codes(self, node: Node, quotients: np.ndarray) -> np.ndarray:
+    def _codes(self, node: Node, array: np.ndarray, kernel: Grid) -> np.ndarray:
+        quotients, place = array / kernel.scale, f"{self.network.path}: {node.layer}"
         far = ~nearly_whole(quotients)
+        require(not far.any(), f"{place}: {far.sum()} weights are no multiples of their scale")
+        codes, limit = np.rint(quotients), LARGEST_CODE if kernel.plain else _CERTAIN
+        largest = np.abs(codes).max()
         require(
-            not far.any(),
-            f"{self.network.path}: {node.layer}: {far.sum()} weights are no multiples of their scale",
+            largest <= limit,
+            f"{place}: weights of up to {largest:.0f}; sums are exact for at most {limit}"
+            + ("" if kernel.plain else ", behind a scale"),
         )
-        return np.rint(quotients).astype(np.int64)
+        return codes.astype(np.int64)
 
     def _add(self, node: Node, sign: int = 1) -> Grid | None:
         operands = self._operands(node)

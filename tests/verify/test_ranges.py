@@ -259,3 +259,23 @@ def test_scales_are_limited(packed, tmp_path, monkeypatch):
     file.node("multiply", [file.node("multiply", [x, scales]), scales])
     with pytest.raises(UserError, match="scales of more than 30 elements together"):
         Analysis(load(file.save(tmp_path / "n", np.zeros((1, 16)))))
+
+
+@pytest.mark.parametrize(
+    "size, scale, fine", [(32, 1, True), (33, 1, False), (20, 0.5, True), (21, 0.5, False)]
+)
+def test_weights_are_as_large_as_sums_of_them_are_exact(packed, tmp_path, size, scale, fine):
+    """Their zero point alone may make them so."""
+    file = packed((8,))
+    kernel, fmt = file.integers(np.ones((8, 1)), 2), {**INT32, "bits": 2}
+    one, zero, zero_point, factor = (file.floats(n) for n in (1.0, 0.0, -2 - 2.0**size, scale))
+    x = file.node("quantize", [0, one, zero], format=UINT4, rounding="half_even")
+    kernel = file.node("quantize", [kernel, one, zero_point], format=fmt, rounding="half_even")
+    file.node("dense", [x, file.node("multiply", [kernel, factor])], "layer")
+    network = load(file.save(tmp_path / "n", [[0.0]]))
+    if fine:
+        (layer,) = Analysis(network).layers
+        assert layer.extremes() == ([0], [15 * 8 * 2**size])
+    else:
+        with pytest.raises(UserError, match=f"layer: weights of up to {2**size}; sums are exact for at most"):
+            Analysis(network)
