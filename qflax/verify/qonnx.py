@@ -81,11 +81,12 @@ def _network(path: pathlib.Path, model) -> Network:
     first = builder.node("transpose", [0], "input", permutation=(0, 3, 1, 2)) if images else 0
     values = {value.name: first}
     arrays = {tensor.name: array_of(tensor) for tensor in model.graph.initializer}
+    choices: dict[str, int] = {}
     metadata = _metadata(model)
     promises = {name: accumulator_bits(bits) for name, bits in metadata.get("accumulator_bits", {}).items()}
     for node in model.graph.node:
         promised = promises.pop(node.name, None) if node.op_type in SUMS else None
-        _translate(builder, values, arrays, node, promised)
+        _translate(node, promised, builder, values, arrays, choices)
     if promises:
         raise ValueError(
             f"metadata: {min(promises)!r} has accumulator_bits, but is no convolution or product"
@@ -98,13 +99,18 @@ def _network(path: pathlib.Path, model) -> Network:
 
 
 def _translate(
-    builder: Builder, values: dict[str, int], arrays: dict[str, np.ndarray], node, promised: int | None
+    node,
+    promised: int | None,
+    builder: Builder,
+    values: dict[str, int],
+    arrays: dict[str, np.ndarray],
+    choices: dict[str, int],
 ) -> None:
     place = f"{node.op_type} {node.name or ', '.join(node.output)!r}"
     if node.domain not in DOMAINS or node.op_type not in TRANSLATIONS:
         raise ValueError(f"{place}: operation of domain {node.domain!r} that is not known")
     try:
-        result = TRANSLATIONS[node.op_type](Context(builder, values, arrays, node, promised))
+        result = TRANSLATIONS[node.op_type](Context(builder, values, arrays, choices, node, promised))
     except MALFORMED as error:
         raise ValueError(f"{place}: {_line(error)}") from None
     if result is not None:

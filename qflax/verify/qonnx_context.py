@@ -14,6 +14,9 @@ _ROUNDINGS = {
     "CEIL": "ceil",
     "FLOOR": "floor",
 }
+_INTEGERS = {
+    f"{'' if signed else 'u'}int{n}": (n, signed) for n in (2, 4, 8, 16, 32) for signed in (True, False)
+}
 
 
 class Context:
@@ -23,6 +26,7 @@ class Context:
       builder: of the network.
       values: name -> number, of what depends on the input, or was used as an operand.
       arrays: name -> array of its own dtype, of initializers and Constants.
+      choices: name -> number of 1 or -1, of comparisons, whose own results, 1 or 0, are no values.
       inputs: names; "" of an optional one that is left out.
       output: name.
       attributes: by name.
@@ -35,12 +39,14 @@ class Context:
         builder: Builder,
         values: dict[str, int],
         arrays: dict[str, np.ndarray],
+        choices: dict[str, int],
         node,
         promised: int | None = None,
     ):
         from onnx import helper
 
         self.builder, self.values, self.arrays, self.promised = builder, values, arrays, promised
+        self.choices = choices
         self.inputs, self.output, self.layer = list(node.input), node.output[0], node.name or node.output[0]
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
@@ -78,9 +84,8 @@ class Context:
 
     def constant(self, array: np.ndarray) -> int:
         """Number of a new constant; stored integers have the format of their type."""
-        array, fmt = np.asarray(array), None
-        if array.dtype.kind in "iu":
-            fmt = integer_type(array.dtype)
+        array = np.asarray(array)
+        fmt = integer_type(array.dtype) if array.dtype.name in _INTEGERS else None
         return self.builder.constant(array, fmt)
 
     def node(self, operation: str, *inputs: int, **attributes: typing.Any) -> int:
@@ -123,8 +128,9 @@ class Context:
         return _ROUNDINGS[mode]
 
 
-def integer_type(dtype: np.dtype) -> IntegerFormat | None:
-    """Format of a stored type; None for those of more than 32 bits."""
-    bits = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2}.get(dtype.name, 8 * dtype.itemsize)
-    signed = not dtype.name.startswith("u")
-    return IntegerFormat.of(bits, signed=signed, narrow=False) if bits <= 32 else None
+def integer_type(dtype: np.dtype) -> IntegerFormat:
+    """Format of a stored type; ValueError for one that is not of integers of at most 32 bits."""
+    if dtype.name not in _INTEGERS:
+        raise ValueError(f"{dtype.name} is no type of integers; known are {', '.join(_INTEGERS)}")
+    bits, signed = _INTEGERS[dtype.name]
+    return IntegerFormat.of(bits, signed=signed, narrow=False)

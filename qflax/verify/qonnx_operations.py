@@ -89,18 +89,19 @@ def _reciprocal(c: Context) -> int:
     return c.node("divide", c.constant(np.float32(1)), c.value(0))
 
 
-def _greater_or_equal(c: Context) -> int:
+def _greater_or_equal(c: Context) -> None:
     """Of QCDQ's bipolar quantizer, x >= 0 ? 1 : -1, whose choice is made here already."""
     if np.any(c.array(1) != 0):
         raise ValueError("only x >= 0 is known, as a choice between 1 and -1")
     fmt = quantizers.IntegerFormat.of(1, signed=True, narrow=False)
-    return c.node("quantize", c.value(0), c.constant(np.float32(1)), format=fmt, rounding="half_even")
+    scale = c.constant(np.float32(1))
+    c.choices[c.output] = c.node("quantize", c.value(0), scale, format=fmt, rounding="half_even")
 
 
 def _where(c: Context) -> int:
-    if np.any(c.array(1) != 1) or np.any(c.array(2) != -1):
-        raise ValueError("only the choice between 1 and -1 is known")
-    return c.value(0)
+    if c.inputs[0] not in c.choices or np.any(c.array(1) != 1) or np.any(c.array(2) != -1):
+        raise ValueError("only x >= 0 ? 1 : -1 is known")
+    return c.choices[c.inputs[0]]
 
 
 def _power(c: Context) -> int:
@@ -112,7 +113,15 @@ def _power(c: Context) -> int:
     return c.node("power", c.value(0), exponent=int(exponent.item()))
 
 
+def _dropout(c: Context) -> int:
+    if c.has(2) and c.array(2).any():
+        raise ValueError("training_mode is not supported")
+    return c.value(0)
+
+
 def _batch_normalization(c: Context) -> int:
+    if c.attribute("training_mode", 0):
+        raise ValueError("training_mode is not supported")
     scale, bias, mean, variance = (c.array(i).astype(np.float32) for i in range(1, 5))
     factor = scale / np.sqrt(variance + np.float32(c.attribute("epsilon", 1e-5)))
     offset = bias - mean * factor
@@ -208,7 +217,8 @@ def _transpose(c: Context) -> int:
 def _pad(c: Context) -> int:
     ndim, pads = len(c.shape(c.value(0))), c.integers("pads", 1)
     axes = c.integers("axes", 3) if c.has(3) else range(ndim)
-    if c.attribute("mode", "constant") != "constant" or c.has(2) and c.array(2).any():
+    value = c.array(2) if c.has(2) else np.asarray(c.attribute("value", 0.0))
+    if c.attribute("mode", "constant") != "constant" or value.any():
         raise ValueError("only padding with 0 is supported")
     padding = [(0, 0)] * ndim
     for axis, before, after in zip(axes, pads, pads[len(pads) // 2 :], strict=False):
@@ -274,7 +284,8 @@ TRANSLATIONS: dict[str, Callable[[Context], int | None]] = {
     "Pad": _pad,
     "Slice": _slice,
     "Concat": _concat,
-    **dict.fromkeys(("Identity", "Dropout"), lambda c: c.value(0)),
+    "Identity": lambda c: c.value(0),
+    "Dropout": _dropout,
     "Constant": _constant,
     "Cast": quantizers.cast,
 }

@@ -73,6 +73,8 @@ def trunc(c: Context) -> int:
 
 def _along_axis(c: Context, index: int) -> int:
     """A scale or zero point of QuantizeLinear with its elements along `axis`."""
+    if c.attribute("block_size", 0):
+        raise ValueError("block_size is not supported")
     array = c.array(index).astype(np.float32)
     if array.size > 1:
         ndim = len(c.shape(c.value(0)))
@@ -82,9 +84,21 @@ def _along_axis(c: Context, index: int) -> int:
     return c.builder.constant(array)
 
 
+def _stored_type(c: Context) -> IntegerFormat:
+    """Of what QuantizeLinear gives: that of its zero point, or `output_dtype`."""
+    from onnx import helper
+
+    asked = c.attribute("output_dtype", 0)
+    types = [c.array(2).dtype] if c.has(2) else []
+    types += [helper.tensor_dtype_to_np_dtype(asked)] if asked else []
+    if types[1:] and types[0] != types[1]:
+        raise ValueError(f"output_dtype is {types[1]}, and the zero point {types[0]}")
+    return integer_type(types[0] if types else np.dtype(np.uint8))
+
+
 def quantize_linear(c: Context) -> int:
     """Integers with their zero point, as ONNX stores them."""
-    fmt = integer_type(c.array(2).dtype if c.has(2) else np.dtype(np.uint8))
+    fmt = _stored_type(c)
     zero_point = _along_axis(c, 2) if c.has(2) else c.constant(np.float32(0))
     # Rounded before the zero point is added, other than in Quant.
     rounded = c.node("round", c.node("divide", c.value(0), _along_axis(c, 1)))
@@ -96,6 +110,10 @@ def quantize_linear(c: Context) -> int:
 
 def dequantize_linear(c: Context) -> int:
     """Integers less their zero point, times the scale."""
+    from onnx import TensorProto
+
+    if c.attribute("output_dtype", 0) not in (0, TensorProto.FLOAT):
+        raise ValueError("output_dtype must be float32")
     x = c.value(0)
     if c.has(2) and c.array(2).any():
         x = c.node("subtract", x, _along_axis(c, 2))
@@ -103,14 +121,14 @@ def dequantize_linear(c: Context) -> int:
 
 
 def cast(c: Context) -> int | None:
-    """To an integer type: rounded toward zero and clipped."""
+    """To an integer type: rounded toward zero and clipped; to other types only where no value changes."""
     from onnx import helper
 
     dtype = helper.tensor_dtype_to_np_dtype(c.attribute("to"))
     if c.inputs[0] in c.arrays:
         c.arrays[c.output] = c.arrays[c.inputs[0]].astype(dtype)
         return None
-    if dtype.kind not in "iu":
+    if dtype in (np.float32, np.float64):
         return c.value(0)
     one, zero = c.constant(np.float32(1)), c.constant(np.float32(0))
     return c.node("quantize", c.value(0), one, zero, format=integer_type(dtype), rounding="toward_zero")

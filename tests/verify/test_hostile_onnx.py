@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hostile import VALUES, damaged, mutated, outcome, refused
 
+ml_dtypes = pytest.importorskip("ml_dtypes")
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
@@ -125,6 +126,22 @@ def one(operation, *constants, shape=(1, 4), **attributes):
     return network([node], dict(zip(names, constants, strict=True)), shape)
 
 
+def chain(first, operation, *constants, **attributes):
+    """An operation, and another one of its output and the constants."""
+    model = one(first, *([F(0)] if first == "GreaterOrEqual" else []))
+    model.graph.node[0].output[0] = "a"
+    names = [f"d{i}" for i in range(len(constants))]
+    model.graph.node.append(helper.make_node(operation, ["a", *names], ["y"], **attributes))
+    pairs = zip(constants, names, strict=True)
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for value, name in pairs)
+    return model
+
+
+def old(operation, **attributes):
+    node = helper.make_node(operation, ["x"], ["y"], **attributes)
+    return network([node], {}, opset=10)
+
+
 def quant(scale=1.0, zero=0.0, bits=4.0, **attributes):
     return one("Quant", *map(np.asarray, (scale, zero, bits)), domain=QONNX, **attributes)
 
@@ -184,6 +201,42 @@ NETWORKS = {
         name: (lambda name=name: one(name, np.int64([10**12])), "that is not known")
         for name in ("ConstantOfShape", "Expand", "Tile", "Resize", "Range", "If", "Loop", "Scan")
     },
+    **{
+        f"cast to {kind}": (
+            lambda kind=kind: one("Cast", to=getattr(TensorProto, kind)),
+            "Cast 'y': ",
+        )
+        for kind in ("FLOAT16", "BFLOAT16", "BOOL", "FLOAT8E4M3FN", "FLOAT8E5M2", "INT64", "STRING")
+    },
+    "float8 zero point": (
+        lambda: one("QuantizeLinear", F(1), np.array(0, ml_dtypes.float8_e4m3fn)),
+        "float8_e4m3fn is no type of integers",
+    ),
+    "float8 output": (
+        lambda: one("QuantizeLinear", F(1), output_dtype=TensorProto.FLOAT8E4M3FN),
+        "float8_e4m3fn is no type of integers",
+    ),
+    "two output types": (
+        lambda: one("QuantizeLinear", F(1), np.uint8(0), output_dtype=TensorProto.INT8),
+        "output_dtype is int8, and the zero point uint8",
+    ),
+    "dequantized to float16": (
+        lambda: chain("Sign", "DequantizeLinear", F(1), output_dtype=TensorProto.FLOAT16),
+        "output_dtype must be float32",
+    ),
+    "blocks": (lambda: one("QuantizeLinear", F([1, 2]), block_size=2), "block_size is not supported"),
+    "padding with a number": (lambda: old("Pad", pads=[0, 0, 0, 1], value=1e6), "only padding with 0"),
+    "choice by any truth": (
+        lambda: chain("Sign", "Where", F(1), F(-1)),
+        "only x >= 0 ? 1 : -1",
+    ),
+    "choice of other numbers": (lambda: chain("GreaterOrEqual", "Where", F(1), F(0)), "only x >= 0 ? 1 : -1"),
+    "truth as a number": (lambda: chain("GreaterOrEqual", "Cast", to=TensorProto.FLOAT), "no 'a'"),
+    "dropout in training": (lambda: one("Dropout", F(0.5), np.array(True)), "training_mode"),
+    "norm in training": (
+        lambda: one("BatchNormalization", *[np.ones(4, F)] * 4, training_mode=1),
+        "training_mode",
+    ),
     "domain": (lambda: one("Relu", domain="elsewhere"), "'elsewhere' that is not known"),
     "opset": (lambda: network([helper.make_node("Relu", ["x"], ["y"])], {}, opset=9999), "opset 9999"),
     "opset 0": (lambda: network([helper.make_node("Relu", ["x"], ["y"])], {}, opset=0), "opset 0"),

@@ -237,6 +237,45 @@ def test_stored_integers_between_quantize_and_dequantize(tmp_path):
     assert row.extremes == ((low + np.minimum(bias, 0)).min(), (high + np.maximum(bias, 0)).max())
 
 
+def bare(path, nodes, constants, shape, out_shape):
+    """In plain ONNX of opset 21, without QONNX."""
+    made = onnx.load(model(path, nodes, constants, shape, out_shape))
+    del made.opset_import[:]
+    made.opset_import.append(helper.make_opsetid("", 21))
+    onnx.save(made, path)
+    return path
+
+
+@pytest.mark.parametrize("kind, low, high", [("UINT16", 0, 65535), ("INT16", -32768, 32767), (None, 0, 255)])
+def test_the_stored_type_without_a_zero_point(tmp_path, kind, low, high):
+    attributes = {} if kind is None else dict(output_dtype=getattr(TensorProto, kind))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"], **attributes),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "one"], ["k"]),
+        helper.make_node("MatMul", ["d", "k"], ["y"]),
+    ]
+    constants = dict(s=F(1 / 255), one=F(1), w=np.full((600, 2), 127, np.int8))
+    report = verify(bare(tmp_path / "n", nodes, constants, (600,), (2,)))
+    (row,) = report.layers
+    ends = sorted((600 * 127 * low, 600 * 127 * high))
+    assert row.inputs == (low, high) and row.extremes == tuple(ends)
+    assert report.ok == (kind is None)  # The others need more than 32 bits.
+
+
+def test_stored_weights_of_four_bits(tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "one"], ["k"]),
+        helper.make_node("MatMul", ["d", "k"], ["y"]),
+    ]
+    constants = dict(one=F(1), w=np.arange(-8, 8).reshape(8, 2).astype(ml_dtypes.int4))
+    (row,) = verify(bare(tmp_path / "n", nodes, constants, (8,), (2,))).layers
+    assert row.weight_bits == 4 and row.extremes == (255 * -20, 255 * 16)
+
+
 def quant(x, y, bits="four", scale="one", signed=0):
     attributes = dict(domain=QONNX, signed=signed, narrow=0, rounding_mode="ROUND")
     return helper.make_node("Quant", [x, scale, "zero", bits], [y], **attributes)
