@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qflax.errors import require
-from qflax.layers import AveragePool
+from qflax.layers import AveragePool, Conv, Dense
 from qflax.ptq.taps import apply_with_hooks, run
 from qflax.ptq.variables import changed, leaf
 from qflax.ptq.wiring import Chain, Wiring
@@ -58,7 +59,8 @@ def correct_biases_analytically(
     """The same without data, for what the rounding of weights shifts (section 4.2.1).
 
     An input that comes through batch norm and ReLU counts as a normal distribution, clipped at zero, of the
-    norm's mean and spread (eq. 19). Layers with other inputs are left as they are.
+    norm's mean and spread (eq. 19). Layers with other inputs are left as they are, and convolutions with a
+    mask or a dilated input.
 
     Args:
       model, variables, reference, reference_variables: see `correct_biases`.
@@ -70,7 +72,12 @@ def correct_biases_analytically(
     wiring = Wiring(reference, reference_variables, example)
     chains = {chain.layer: chain for chain in _correctable(wiring.chains, variables)}
     sources = [
-        c for c in wiring.chains if c.norm is not None and c.consumer in chains and _keeps_mean(c, wiring)
+        c
+        for c in wiring.chains
+        if c.norm is not None
+        and c.consumer in chains
+        and _keeps_mean(c, wiring)
+        and _uses_all_weights(wiring.modules[c.consumer])
     ]
     require(
         bool(sources),
@@ -120,6 +127,12 @@ def _keeps_mean(chain: Chain, wiring: Wiring) -> bool:
     return known and (
         chain.last in (chain.norm, activation) or isinstance(wiring.modules[chain.last], AveragePool)
     )
+
+
+def _uses_all_weights(layer: Conv | Dense) -> bool:
+    """Whether every output, but at borders, is of all weights."""
+    dilation = getattr(layer, "input_dilation", None) or 1
+    return getattr(layer, "mask", None) is None and bool(np.all(np.equal(dilation, 1)))
 
 
 def _mean_input(chain: Chain, params: Mapping, wiring: Wiring) -> jax.Array:

@@ -4,6 +4,7 @@ Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative P
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from qflax.numerics import IntegerFormat, LearnedInteger, MinifloatFormat
 from qflax.ptq.taps import apply_with_hooks, record_calls
 from qflax.ptq.variables import changed, leaf
 from qflax.quantizers import (
+    FLOAT,
     PARAMETERS,
     STATISTICS,
     Minifloat,
@@ -31,20 +33,27 @@ Layer = Conv | Dense
 
 
 def gptq(
-    model: nn.Module, variables: Mapping, batches: Iterable[jax.Array], *, damping: float = 0.01
+    model: nn.Module,
+    variables: Mapping,
+    batches: Iterable[jax.Array],
+    *,
+    damping: float = 0.01,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Rounds the kernels of convolutions and dense layers so that the layers' outputs change least.
 
     Layer after layer, each with the inputs that it gets behind the changed ones. Scales and ranges stay.
     The new kernels lie on the grids of their quantizers, which so return them as they are; while a learned
     range is not frozen, weights at its ends may be one unit in the last place off. Left alone are float
-    layers and accumulator-aware ones, whose codes are not those of the kernel but of a normalised one.
+    layers, accumulator-aware ones, whose codes are not those of the kernel but of a normalised one,
+    convolutions with a mask, and all layers but `Conv` and `Dense`.
 
     Args:
       model: a network built of qflax layers, called with `train=False`.
       variables: its variables, calibrated.
       batches: model inputs [batch, ...]; at least one; passed over several times.
       damping: added to the diagonal of each layer's Hessian, as a fraction of its mean; not negative.
+      progress: told of the quantized layers that are left alone.
 
     Returns:
       The variables with new kernels.
@@ -56,7 +65,10 @@ def gptq(
     example = next(iter(batches), None)
     require(example is not None, "gptq: no batches; it needs at least one of the model's inputs")
     require(damping >= 0, f"damping={damping!r}: must not be negative")
-    for path, (layer, quantizer) in _targets(model, variables, example[:1]).items():
+    targets, others = _targets(model, variables, example[:1])
+    if others:
+        progress(f"gptq leaves alone {', '.join(others)}")
+    for path, (layer, quantizer) in targets.items():
         quantize = _quantize_function(quantizer, variables, f"{path}/weights")
         kernel = leaf(variables["params"], path)["kernel"]
         grid = quantize(kernel)
@@ -68,21 +80,27 @@ def gptq(
     return dict(variables)
 
 
-def _targets(model: nn.Module, variables: Mapping, example: jax.Array) -> dict[str, tuple[Layer, Quantizer]]:
-    """Path -> layer and quantizer of its weights, in the order of the network."""
+def _targets(
+    model: nn.Module, variables: Mapping, example: jax.Array
+) -> tuple[dict[str, tuple[Layer, Quantizer]], list[str]]:
+    """Path -> layer and quantizer of its weights, in the order of the network; paths of other layers."""
     modules = {call.path: call.module for call in record_calls(model, variables, example)}
-    targets = {}
+    targets, others = {}, []
     for path, layer in modules.items():
         quantizer = modules.get(f"{path}/weights")
-        specs = Uniform | Minifloat | MixedPrecision
-        if isinstance(layer, Layer) and quantizer is not None and isinstance(quantizer.spec, specs):
+        if quantizer is None:
+            continue
+        own_grid = isinstance(quantizer.spec, Uniform | Minifloat | MixedPrecision)
+        if own_grid and isinstance(layer, Layer) and getattr(layer, "mask", None) is None:
             targets[path] = layer, quantizer.clone(parent=None, name=None)
+        else:
+            others.append(path)
     require(
         bool(targets),
-        "gptq: no layer of the network has weights of kind 'uniform', 'minifloat' or 'mixed_precision'; "
-        "quantize the weights of some by one of these",
+        "gptq: no convolution or dense layer of the network has weights of kind 'uniform', 'minifloat' or "
+        "'mixed_precision'; quantize the weights of some by one of these",
     )
-    return targets
+    return targets, others
 
 
 def _quantize_function(quantizer: Quantizer, variables: Mapping, path: str) -> Callable:
@@ -122,11 +140,14 @@ def _hessian(
         products = []
 
         def hook(call, inputs):
-            x = _patches(layer, value_of(inputs).astype(jnp.float32))
+            result = call(inputs)
+            x = value_of(result if layer.quantize_input else inputs)
+            x = _patches(layer, x.astype(jnp.float32))
             products.append(jnp.einsum("ngi,ngj->gij", x, x, precision="highest"))
-            return call(inputs)
+            return result
 
-        apply_with_hooks(model, variables, batch, {path: hook}, train=False)
+        where = f"{path}/input" if layer.quantize_input else path
+        apply_with_hooks(model, variables, batch, {where: hook}, train=False)
         return sum(products)
 
     return np.asarray(sum(of_batch(variables, batch) for batch in batches), np.float64)
@@ -136,24 +157,20 @@ def _patches(layer: Layer, x: jax.Array) -> jax.Array:
     """The inputs of each product: [products, groups, inputs]."""
     if isinstance(layer, Dense):
         return x.reshape(-1, 1, x.shape[-1])
-    window, (stride, _) = tuple(layer.kernel_size), np.broadcast_to(layer.strides, 2)
-    padding = layer.padding
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, (stride, stride), padding)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    ends = [x.shape[1 + i] - window[i] + 1 for i in range(2)]
-    shifted = [
-        x[:, i : ends[0] + i : stride, j : ends[1] + j : stride]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-    # Channels come first among the inputs, before height and width, and groups are groups of channels.
-    groups = layer.feature_group_count
-    return jnp.stack(shifted, axis=-1).reshape(-1, groups, x.shape[-1] // groups * len(shifted))
+    window = np.atleast_1d(layer.kernel_size)
+    channels, groups, size = x.shape[-1], layer.feature_group_count, math.prod(window)
+    # The layer itself, whatever its strides, padding and dilation, with kernels that pick one place each.
+    fields = {"features": channels * size, "feature_group_count": channels, "use_bias": False}
+    fields |= {"quantization": FLOAT, "quantize_input": False}
+    fields |= {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
+    picking = layer.clone(parent=None, name=None, **fields)
+    kernel = jnp.tile(jnp.eye(size).reshape(*window, 1, size), channels)
+    # Channels come first among the inputs, before places, and groups are groups of channels.
+    return picking.apply({"params": {"kernel": kernel}}, x).reshape(-1, groups, channels // groups * size)
 
 
 def _as_matrices(kernel: jax.Array, groups: int) -> jax.Array:
-    """[inputs, groups, features / groups] of a kernel, inputs ordered by channel, height, width."""
+    """[inputs, groups, features / groups] of a kernel, inputs ordered by channel, then by place."""
     channels_first = jnp.moveaxis(kernel, -2, 0)
     return channels_first.reshape(-1, groups, kernel.shape[-1] // groups)
 

@@ -93,8 +93,8 @@ def _analytic_bias_correction(n: Networks, batches, settings, progress) -> Netwo
 
 
 def _gptq(n: Networks, batches, settings, progress) -> Networks:
-    del progress
-    return n.with_variables(gptq(n.model, n.variables, batches, damping=settings.damping))
+    options = {"damping": settings.damping, "progress": progress}
+    return n.with_variables(gptq(n.model, n.variables, batches, **options))
 
 
 def _reconstruction(parts_of: Callable) -> Callable:

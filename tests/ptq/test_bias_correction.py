@@ -1,6 +1,7 @@
 """Mean outputs of layers after quantization."""
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -108,6 +109,7 @@ class Normed(nn.Module):
     """Norm, ReLU and a layer whose weights alone are quantized; with or without padding."""
 
     quantization: Quantization = FLOAT
+    options: Mapping | None = None
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -117,10 +119,11 @@ class Normed(nn.Module):
         return Conv(
             6,
             (3, 3),
-            padding="VALID",
+            padding=0,
             feature_group_count=2,
             name="second",
             quantization=self.quantization,
+            **(self.options or {}),
         )(x)
 
 
@@ -140,6 +143,14 @@ def test_the_analytic_correction_is_that_of_normal_inputs():
     empirical = correct_biases(*arguments, batches)["params"]["second"]["bias"]
     assert np.max(np.abs(empirical)) > 0.1
     np.testing.assert_allclose(analytic, empirical, atol=0.02)
+
+
+@pytest.mark.parametrize("options", [{"input_dilation": 2}, {"mask": np.ones((3, 3, 4, 6))}])
+def test_layers_whose_outputs_leave_out_weights_are_not_corrected_analytically(options):
+    model, reference = Normed(Quantization(weights=Uniform(bits=2)), options), Normed(options=options)
+    variables = model.init(jax.random.key(1), BATCHES[0], train=False)
+    with pytest.raises(UserError, match="use 'bias_correction'"):
+        correct_biases_analytically(model, variables, reference, variables, BATCHES[0][:1])
 
 
 def test_without_a_norm_before_a_layer_nothing_is_known_analytically():

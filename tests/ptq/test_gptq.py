@@ -1,6 +1,7 @@
 """GPTQ: against the paper's recursion written out, on every kind of grid, in the order of the network."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,7 @@ RNG = np.random.default_rng(0)
 MIXED = RNG.normal(size=(6, 4)) @ RNG.normal(size=(4, 6)) + 0.3 * np.eye(6)
 NOISE = RNG.normal(size=(3, 8, 7, 8, 6)) @ MIXED
 IMAGES = [np.float32(x + np.roll(x, 1, 1) + np.roll(x, 1, 2)) for x in NOISE]
+LINES = [x.reshape(-1, 8, 6) for x in IMAGES]
 VECTORS = [x.reshape(-1, 24) for x in IMAGES]
 THREE_BITS = Uniform(bits=3, scale="static", granularity="per_channel")
 
@@ -40,7 +42,9 @@ def normal(key, shape, dtype=jnp.float32):
 
 
 class Plain(nn.Module):
-    """One layer behind quantized inputs, called `calls` times, each time with them shifted by a channel."""
+    """One layer behind inputs that may be quantized, called `calls` times, each time with them shifted by a
+    channel.
+    """
 
     layer: nn.Module
     quantization: Quantization = Quantization()
@@ -50,7 +54,8 @@ class Plain(nn.Module):
     def __call__(self, x, *, train):
         del train
         x = Quantize(name="input", quantization=self.quantization)(x)
-        return sum(value_of(self.layer(x.moved(jnp.roll(x.value, i, -1)))) for i in range(self.calls))
+        shifted = [jnp.roll(value_of(x), i, -1) for i in range(self.calls)]
+        return sum(value_of(self.layer(x.moved(y) if hasattr(x, "moved") else y)) for y in shifted)
 
 
 class Net(nn.Module):
@@ -72,6 +77,9 @@ CONVS = {
     "strides": {"kernel_size": (3, 2), "strides": 2, "padding": ((1, 0), (2, 1))},
     "groups": {"kernel_size": (3, 3), "padding": "VALID", "feature_group_count": 2},
     "depthwise": {"kernel_size": (3, 2), "strides": 2, "feature_group_count": 6},
+    "uneven": {"kernel_size": (3, 2), "strides": (2, 1), "kernel_dilation": (1, 2), "padding": 1},
+    "circular": {"kernel_size": (2, 3), "strides": (2, 3), "padding": "CIRCULAR"},
+    "lines": {"kernel_size": 3, "kernel_dilation": 2, "padding": "CAUSAL"},
 }
 KINDS = (*CONVS, "dense")
 
@@ -90,7 +98,7 @@ def network(kind, weights=THREE_BITS, **fields):
     if kind == "dense":
         layer, batches = Dense(64, **options), VECTORS
     else:
-        layer, batches = Conv(12, **CONVS[kind], **options), IMAGES
+        layer, batches = Conv(12, **CONVS[kind], **options), LINES if kind == "lines" else IMAGES
     return Plain(layer, quantization, **fields), batches
 
 
@@ -148,17 +156,30 @@ def inputs_of(model, variables, batches):
 
 
 def explicit_patches(layer, x):
-    """[batch, pixels, height, width, in], all but the batch and `in` 1 of a dense layer."""
+    """[batch, pixels, *window, in], without a window of a dense layer."""
     if isinstance(layer, Dense):
-        return x[:, None, None, None, :]
-    height, width = layer.kernel_size
-    padding = layer.padding
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), (layer.strides,) * 2, padding)
-    x = np.pad(x, ((0, 0), *padding, (0, 0)))
-    rows = range(0, x.shape[1] - height + 1, layer.strides)
-    columns = range(0, x.shape[2] - width + 1, layer.strides)
-    return np.stack([x[:, i : i + height, j : j + width] for i in rows for j in columns], axis=1)
+        return x[:, None, :]
+    window, mode = np.atleast_1d(layer.kernel_size), "constant"
+    strides, dilation = (
+        np.broadcast_to(each, len(window)) for each in (layer.strides, layer.kernel_dilation)
+    )
+    reach, padding = (window - 1) * dilation + 1, layer.padding
+    if isinstance(padding, int):
+        padding = [(padding, padding)] * len(window)
+    elif padding == "CIRCULAR":
+        padding, mode = [((n - 1) // 2, n // 2) for n in reach], "wrap"
+    elif padding == "CAUSAL":
+        padding = [(reach[0] - 1, 0)]
+    elif isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+    x = np.pad(x, ((0, 0), *padding, (0, 0)), mode)
+    starts = itertools.product(
+        *(range(0, size - n + 1, s) for size, n, s in zip(x.shape[1:-1], reach, strides, strict=True))
+    )
+    places = [
+        tuple(slice(i, i + n, d) for i, n, d in zip(start, reach, dilation, strict=True)) for start in starts
+    ]
+    return np.stack([x[:, *place] for place in places], axis=1)
 
 
 def recursion(inputs, weights, scale, highest, damping):
@@ -283,9 +304,21 @@ def test_accumulator_aware_layers_are_left_alone():
     aware = {"kind": "accumulator_aware", "bits": 4, "accumulator_bits": 16}
     model = Net(policy(rules=(Rule("second", {"weights": aware}),)))
     variables = start(model, IMAGES)
-    changed = gptq(model, variables, IMAGES)
+    told = []
+    changed = gptq(model, variables, IMAGES, progress=told.append)
+    assert told == ["gptq leaves alone second"]
     np.testing.assert_array_equal(kernel_of(changed, "second"), kernel_of(variables, "second"))
     assert not np.array_equal(kernel_of(changed, "first"), kernel_of(variables, "first"))
+
+
+def test_inputs_are_those_behind_the_layer_s_own_quantizer():
+    coarse = Quantization(THREE_BITS, Uniform(bits=4, signed=True, scale="static"))
+    model = Plain(Dense(64, kernel_init=normal, quantize_input=True, quantization=coarse))
+    variables = start(model, VECTORS)
+    x = np.concatenate([np.float64(x.value) for x in seen(model, variables, VECTORS, "layer", "input")])
+    scale = np.asarray(weights_grid(model, variables, VECTORS).scale)
+    codes = recursion(x, kernel_of(variables).astype(np.float64), scale, highest=3, damping=0.01)
+    np.testing.assert_array_equal(np.round(kernel_of(gptq(model, variables, VECTORS)) / scale), codes)
 
 
 def test_weights_of_dead_inputs_are_zero():
@@ -300,8 +333,8 @@ def test_weights_of_dead_inputs_are_zero():
 @pytest.mark.parametrize(
     "weights, damping, batches, message",
     [
-        (None, 0.01, VECTORS, "no layer of the network has weights of kind"),
-        (AccumulatorAware(bits=4, accumulator_bits=16), 0.01, VECTORS, "no layer of the network"),
+        (None, 0.01, VECTORS, "no convolution or dense layer .* has weights of kind"),
+        (AccumulatorAware(bits=4, accumulator_bits=16), 0.01, VECTORS, "no convolution or dense"),
         (
             Uniform(bits=3, scale="statistic", statistic="mean"),
             0.01,
