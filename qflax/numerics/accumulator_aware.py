@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qflax.numerics.arithmetic import quotient
+from qflax.numerics.gradients import straight_through
 from qflax.numerics.integer import Estimator, IntegerFormat
 from qflax.numerics.operation import Operation
 
@@ -72,7 +73,8 @@ def accumulator_aware_codes(
     are quantized again with a larger step, by which the limit holds in spite of all rounding.
 
     Gradients: truncation is straight-through, clipped elements get none, neither does `norm / scale`
-    beyond T; all else is differentiated as it stands. Channels without extent give zeros and get none.
+    beyond T; all else is differentiated as it stands. Channels without extent give zeros, and get the
+    gradient of the step `scale`, so that they can leave them.
 
     Args:
       v: float32 [..., channels].
@@ -89,7 +91,8 @@ def accumulator_aware_codes(
     l1 = jnp.sum(jnp.abs(centred), axes)
     step = quotient(l1, jnp.where(ratio < allowed, ratio, allowed))
     extended = step >= _SMALLEST_STEP
-    u = jnp.where(extended, quotient(centred, jnp.where(extended, step, 1.0)), 0.0)
+    none = straight_through(jnp.zeros_like(centred), quotient(centred, jax.lax.stop_gradient(scale)))
+    u = jnp.where(extended, quotient(centred, jnp.where(extended, step, 1.0)), none)
     u *= jax.lax.stop_gradient(_correction(u, budget, fmt))
     return fmt.fake_quant(u, 1.0, estimator=_TRUNCATION)
 

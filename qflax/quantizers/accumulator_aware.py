@@ -21,11 +21,12 @@ from qflax.numerics import (
     project_onto_l1_ball,
     within_accumulator,
 )
-from qflax.quantizers.base import Quantizer
+from qflax.quantizers.base import Quantizer, usual_weight
 from qflax.quantizers.checks import check_flag, check_whole
 from qflax.quantizers.collections import BUDGETS, PARAMETERS, PENALTIES, STATISTICS
 from qflax.quantizers.constraints import ANY_LOG2, Box
 from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
+from qflax.quantizers.statistics import SMALLEST_RANGE
 
 VARIANTS = ("a2q", "a2q+")
 
@@ -91,8 +92,10 @@ class AccumulatorAwareQuantizer(Quantizer):
             "is one, which leaves zero; give this layer variant='a2q'",
         )
         budget = self._budget(inputs)
-        largest = jnp.maximum(jnp.max(jnp.abs(x), axes) / fmt.highest, _SMALLEST_SCALE)
-        norm = jnp.maximum(jnp.sum(jnp.abs(x), axes), _SMALLEST_SCALE)
+        size = jnp.abs(x)
+        size = jnp.where(jnp.max(size, axes) <= SMALLEST_RANGE, usual_weight(x), size)
+        largest = jnp.maximum(jnp.max(size, axes) / fmt.highest, _SMALLEST_SCALE)
+        norm = jnp.maximum(jnp.sum(size, axes), _SMALLEST_SCALE)
         log2_scale = self._learned("log2_scale", jnp.log2(largest))
         log2_norm = self._learned("log2_norm", jnp.log2(norm))
         names, log2_norm_scale = ["log2_norm", "log2_scale"], log2_scale

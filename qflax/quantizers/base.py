@@ -103,12 +103,8 @@ class Quantizer(nn.Module):
         return self.spec.range_statistic == "absmax"
 
     def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Ends of one batch's range, on all devices; without any extent up to a usual size; of NaN NaN.
-
-        That is 1 for activations, and the standard deviation of a common initialisation for weights, so that
-        a layer that starts from zeros can leave them.
-        """
-        usual = math.sqrt(x.shape[-1] / x.size) if self.weights else 1.0
+        """Ends of one batch's range, on all devices; without any extent up to a usual size; of NaN NaN."""
+        usual = usual_weight(x) if self.weights else 1.0
         low, high = self._ends(x)
         if self._symmetric:
             ends = {"x_max": jnp.where(high <= SMALLEST_RANGE, usual, high)}
@@ -141,3 +137,10 @@ class Quantizer(nn.Module):
             per_channel=self.spec.granularity == "per_channel",
             percentile=self.spec.percentile,
         )
+
+
+def usual_weight(kernel: jax.Array) -> float:
+    """Size of the weights of a kernel [..., channels] that has none of its own, so that a layer that starts
+    from zeros can leave them: the standard deviation of a common initialisation.
+    """
+    return math.sqrt(kernel.shape[-1] / kernel.size)

@@ -163,16 +163,22 @@ def test_the_extreme_input_attains_the_bound_in_an_integer_convolution(zero_cent
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_channels_without_extent_give_zeros_and_no_gradient(zero_centered):
-    v = np.random.default_rng(2).normal(size=(3, 3, 4, 3)).astype(np.float32)
+def test_channels_without_extent_give_zeros_and_can_leave_them(zero_centered):
+    rng = np.random.default_rng(2)
+    v, weights = rng.normal(size=(2, 3, 3, 4, 3)).astype(np.float32)
     v[..., 1], v[..., 2] = 0.0, 1e-40
 
     def loss(v, scale, norm):
-        return jnp.sum(codes_of(4, False, zero_centered)(v, scale, norm, 12, 4) * scale)
+        codes = codes_of(4, False, zero_centered)(v, scale, norm, 12, 4)
+        return jnp.sum(weights * codes * scale), codes
 
-    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(v, jnp.full(3, 0.1), jnp.full(3, 3.0))
-    assert all(np.isfinite(g).all() for g in gradients)
-    assert not np.any(gradients[0][..., 1:]) and np.any(gradients[0][..., 0])
+    function = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, codes), gradients = function(v, jnp.full(3, 0.1), jnp.full(3, 3.0))
+    assert not codes[..., 1:].any() and codes[..., 0].any()
+    assert all(np.isfinite(g).all() for g in gradients) and np.any(gradients[0][..., 0])
+    straight = weights - weights.mean((0, 1, 2)) if zero_centered else weights
+    np.testing.assert_allclose(gradients[0][..., 1:], straight[..., 1:], rtol=1e-5, atol=1e-6)
+    assert not any(np.any(g[1:]) for g in gradients[1:])
 
 
 def test_one_program_serves_all_widths():

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
-from qflax.layers import Activation, Conv, layer_costs
+from qflax.layers import Activation, Conv, Dense, cost_function, layer_costs
 from qflax.quantizers import (
     BUDGETS,
+    CONSTRAINTS,
+    PARAMETERS,
     STATISTICS,
     AccumulatorAware,
     Minifloat,
@@ -17,6 +19,7 @@ from qflax.quantizers import (
     Quantization,
     Uniform,
     calibrate,
+    constrain,
     project_weights,
     quantizer_of,
     set_accumulator_bits,
@@ -141,16 +144,57 @@ def test_impossible_specs(fields, message):
         AccumulatorAware(**fields)
 
 
-def test_a_dead_channel_stays_zero_through_calibration_and_gradient():
+@pytest.mark.parametrize("variant", ["a2q", "a2q+"])
+def test_a_layer_that_starts_from_zeros_learns_within_its_accumulator(variant):
+    policy = Quantization(
+        weights=AccumulatorAware(bits=4, accumulator_bits=12, variant=variant), activations=Uniform(bits=4)
+    )
+    layer = Dense(
+        3,
+        quantization=policy,
+        quantize_input=True,
+        signed_input=False,
+        kernel_init=nn.initializers.zeros_init(),
+    )
+    rng = np.random.default_rng(0)
+    x = np.abs(rng.normal(size=(64, 12))).astype(np.float32)
+    goal = jax.nn.one_hot(np.argmax((x - x.mean(0)) @ rng.normal(size=(12, 3)), -1), 3)
+    variables = calibrate(layer, layer.init(jax.random.key(0), x), [x])
+    costs = cost_function(layer, x[:1])
+
+    @jax.jit
+    def step(variables):
+        def loss(trained):
+            logits, state = layer.apply({**variables, **trained}, x, mutable=[CONSTRAINTS])
+            return -jnp.mean(jnp.sum(goal * jax.nn.log_softmax(logits), -1)), state
+
+        trained = {name: variables[name] for name in ("params", PARAMETERS)}
+        (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+        trained = jax.tree.map(lambda x, g: x - 0.1 * g, trained, gradients)
+        return value, {**variables, **trained, PARAMETERS: constrain(trained[PARAMETERS], state)}
+
+    losses = []
+    for _ in range(40):
+        value, variables = step(variables)
+        losses.append(value)
+        assert costs(variables)[-1].accumulation.exact_bits <= 12
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_dead_channel_stays_zero_and_lives_on():
     model, variables = calibrated(Uniform(bits=4))
     kernel = variables["params"]["conv"]["kernel"].at[..., 2].set(0.0)
     variables = {**variables, "params": {"conv": {**variables["params"]["conv"], "kernel": kernel}}}
     variables = calibrate(model, variables, [X])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
-    gradient = jax.grad(lambda p: jnp.sum(value_of(model.apply({**variables, "params": p}, X)) ** 2))(
+    budgets = model.apply(variables, X, mutable=[BUDGETS])[1][BUDGETS]
+    variables = project_weights(variables, budgets)
+    assert not variables["params"]["conv"]["kernel"][..., 2].any()
+    assert not value_of(model.apply(variables, X))[..., 2].any()
+    gradient = jax.grad(lambda p: jnp.sum(value_of(model.apply({**variables, "params": p}, X))))(
         variables["params"]
     )["conv"]["kernel"]
-    assert np.isfinite(gradient).all() and not gradient[..., 2].any() and gradient[..., 0].any()
+    assert np.isfinite(gradient).all() and gradient[..., 2].any() and gradient[..., 0].any()
 
 
 def test_centring_a_single_weight_is_an_error():
