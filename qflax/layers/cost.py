@@ -1,11 +1,12 @@
 """What a layer costs: parameters, bits, operations. Layers report it, nothing recomputes it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qflax.layers.accumulation import Accumulation
 
@@ -76,13 +77,25 @@ def _append(earlier: tuple[LayerCost, ...], cost: LayerCost) -> tuple[LayerCost,
 
 
 def sown_costs(state: Mapping) -> tuple[LayerCost, ...]:
-    """The costs in a state that a forward pass with `COST` mutable returned, in the order of the network."""
+    """The costs in a state that a forward pass with `COST` mutable returned, in the order of the network;
+    of a repeated layer one for each repetition.
+    """
 
     def walk(tree):
         for value in tree.values():
-            yield from value if isinstance(value, tuple) else walk(value)
+            if isinstance(value, tuple):
+                for cost in value:
+                    yield from _repetitions(cost)
+            else:
+                yield from walk(value)
 
     return tuple(walk(state.get(COST, {})))
+
+
+def _repetitions(cost: LayerCost) -> Iterator[LayerCost]:
+    """The costs that a repeated layer (`nn.scan`, `nn.vmap`) has sown stacked; of any other one its own."""
+    for place in np.ndindex(jnp.shape(cost.input_bits)):
+        yield jax.tree.map(lambda x, place=place: x[place] if place else x, cost)
 
 
 def sizes(costs: Sequence[LayerCost]) -> dict[str, jax.Array]:

@@ -278,5 +278,5 @@ def freeze_widths(quantizer_stats: Mapping, condition: jax.Array | bool = True) 
 def widths_frozen(quantizer_stats: Mapping) -> jax.Array | None:
     """Whether all learned widths are frozen; None if there are none."""
     leaves = jax.tree_util.tree_leaves_with_path(quantizer_stats)
-    flags = [value for path, value in leaves if path[-1].key == "frozen"]
+    flags = [jnp.all(value) for path, value in leaves if path[-1].key == "frozen"]
     return jnp.all(jnp.stack(flags)) if flags else None

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qflax.layers import COST, Activation, Add, Conv, Dense, LayerCost, layer_costs
-from qflax.layers.cost import sown_costs
-from qflax.quantizers import Quantization, Rule, Uniform, value_of
+from qflax.layers.cost import sizes, sown_costs
+from qflax.quantizers import MixedPrecision, Quantization, Rule, Uniform, calibrate, value_of
 
 EXAMPLE = np.zeros((1, 8, 8, 3), np.float32)
 
@@ -80,6 +80,24 @@ def test_a_layer_that_is_called_twice_computes_and_stores_twice():
         ("act", 0, 0, 0, 3 * pixels),
         ("act", 0, 0, 0, 3 * pixels),
     ]
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_repeated_layer_has_a_cost_for_each_repetition(abstract):
+    """Learned widths of their own among them."""
+    quantization = Quantization(weights=MixedPrecision(bits=4), activations=Uniform(bits=3))
+    axes = dict(variable_axes={True: 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
+    model = nn.vmap(Dense, **axes)(5, quantization=quantization, quantize_input=True)
+    x = np.ones((1, 4), np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    variables["quantizer_params"]["weights"]["step"] /= jnp.asarray([1, 4])
+    given = jax.eval_shape(lambda: variables) if abstract else variables
+    costs = [cost for cost in layer_costs(model, given, x) if cost.kind == "dense"]
+    assert [(cost.weights, cost.biases, cost.macs) for cost in costs] == 2 * [(20, 5, 20)]
+    if not abstract:
+        assert [cost.weight_bits for cost in costs] == [4, 6]
+        assert all(cost.accumulation.exact_bits > 2 for cost in costs)
+        assert sizes(costs)["weight_kib"] == (20 * (4 + 6) + 2 * 5 * 32) / 8 / 1024
 
 
 def test_quantized_outputs_are_stored_and_integer_biases_have_their_bits():

@@ -167,6 +167,8 @@ def test_a_training_pass_records_the_width_and_freezing_keeps_it():
     q, state = model.apply(variables, X, mutable=[STATISTICS])
     assert bits_of(q) == state[STATISTICS]["bits"] == 3
     assert widths_frozen({}) is None
+    stacked = {"one": {"frozen": jnp.bool_(True)}, "repeated": {"frozen": jnp.asarray([True, False])}}
+    assert not widths_frozen(stacked) and widths_frozen(freeze_widths(stacked))
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
