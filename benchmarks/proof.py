@@ -26,7 +26,7 @@ def prove(
       images, labels: see `verify`.
     """
     report = verify(file, images, labels)
-    integers = [layer for layer in report.layers if layer.holds is not None]
+    integers = report.integer_layers
     found = {
         "ok": report.ok,
         "failures": report.failures,
@@ -44,8 +44,7 @@ def prove(
     }
     fields = {**json.loads(result.read_text()), "verification": found}
     write_atomically(result, json.dumps(fields, indent=1) + "\n")
-    verdict = "verified" if report.ok else f"NOT verified: {report.failures}"
-    print(f"{result.stem}: {verdict}", flush=True)
+    print(f"{result.stem}: {'; '.join((report.verdict, *report.failures))}", flush=True)
 
 
 def _trained_classes(workdir: pathlib.Path, images: np.ndarray) -> np.ndarray:

@@ -128,6 +128,9 @@ def _run(arguments: Sequence[str]) -> int | None:
     verifying.add_argument("file", type=_path, help="packed, qonnx or qcdq")
     verifying.add_argument("--data", choices=("cifar10", "digits"), help="test images to run, too")
     verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    verifying.add_argument(
+        "--require_proof", action="store_true", help="fail where the sums of a layer are not proven"
+    )
     verifying.set_defaults(run=_verify)
     reporting = commands.add_parser("report", help="one page with a table and plots of several runs")
     reporting.add_argument("workdirs", type=_path, nargs="+", metavar="workdir", help="folder of a run")
@@ -248,7 +251,7 @@ def _verify(options: argparse.Namespace) -> int:
 
         dataset = load(options.data, "test", data_dir=options.data_dir or None, validation_examples=0)
         data = dataset.images, dataset.labels
-    report = verify(options.file, *data)
+    report = verify(options.file, *data, require_proof=options.require_proof)
     print(table(report))
     return 0 if report.ok else FAILED
 

@@ -29,7 +29,13 @@ def load(path: pathlib.Path) -> Network:
     return packed.read(path) if start == b"PK" else qonnx.read(path)
 
 
-def verify(path: pathlib.Path, images: np.ndarray | None = None, labels: np.ndarray | None = None) -> Report:
+def verify(
+    path: pathlib.Path,
+    images: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    *,
+    require_proof: bool = False,
+) -> Report:
     """Reads a network and checks what it promises.
 
     Args:
@@ -37,6 +43,7 @@ def verify(path: pathlib.Path, images: np.ndarray | None = None, labels: np.ndar
       images: uint8 [n, height, width, channels] to measure the accuracy on, or None. They are spread over the
         range of the probe's inputs; over 0 ... 1 in files of other tools.
       labels: whole numbers [n].
+      require_proof: whether layers of which nothing can be proven are failures.
 
     Raises:
       UserError: if the file cannot be read, or the data does not fit it.
@@ -55,7 +62,9 @@ def verify(path: pathlib.Path, images: np.ndarray | None = None, labels: np.ndar
         if network.probe is None:
             notes.append("the file does not tell the range of its inputs: images were spread over 0 ... 1")
     rows = [_layer_report(layer, seen.get(layer), failures) for layer in analysis.layers]
-    rows += [_float_report(network, node, failures) for node in analysis.float_layers]
+    rows += [_float_report(network, node, failures, require_proof) for node in analysis.float_layers]
+    if require_proof and not rows:
+        failures.append("there is no layer to prove anything of")
     order = {node.output: index for index, node in enumerate(network.nodes)}
     rows.sort(key=lambda row: order[row[0]])
     return Report(
@@ -103,11 +112,12 @@ def _layer_report(
     )
 
 
-def _float_report(network: Network, node: Node, failures: list[str]) -> tuple[int, LayerReport]:
-    if node.promised:
-        failures.append(
-            f"{node.layer}: {node.promised} bits are promised, but it does not sum integers of a known range"
-        )
+def _float_report(
+    network: Network, node: Node, failures: list[str], require_proof: bool
+) -> tuple[int, LayerReport]:
+    if node.promised or require_proof:
+        asked = f"{node.promised} bits are promised" if node.promised else "a proof is required"
+        failures.append(f"{node.layer}: {asked}, but it does not sum integers of a known range")
     shape = network.shapes[node.inputs[1]]
     depth = int(np.prod(shape[:-1] if node.inputs[1] in network.fixed else shape[-2:-1]))
     row = LayerReport(layer=node.layer, kind=node.operation, depth=depth, promised=node.promised)

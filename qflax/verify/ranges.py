@@ -134,15 +134,15 @@ class Analysis:
         if operands is None:
             return None
         (a, b), (first, last) = operands
-        fixed, channels = self.network.fixed, None
+        fixed, bits, channels = self.network.fixed, None, None
         if last in fixed:
-            channels = a.channels
+            bits, channels = a.bits, a.channels
             if channels is not None:
                 self._biases.take(a, b, sign * fixed[last], node.output)
         elif first in fixed and b.channels is not None:  # The constant less the sums.
             self._biases.take(b, a, -fixed[first], None)
         low, high = (b.low, b.high) if sign > 0 else (-b.high, -b.low)
-        return dataclasses.replace(a.within(a.low + low, a.high + high), channels=channels)
+        return Grid(low=a.low + low, high=a.high + high, scale=a.scale, bits=bits, channels=channels)
 
     def _subtract(self, node: Node) -> Grid | None:
         return self._add(node, -1)
@@ -157,8 +157,9 @@ class Analysis:
         operands = self._operands(node)
         if operands is None:
             return None
-        (a, b), _ = operands
-        return a.within(choice(a.low, b.low), choice(a.high, b.high))
+        (a, b), (_, last) = operands
+        grid = a.within(choice(a.low, b.low), choice(a.high, b.high))
+        return dataclasses.replace(grid, bits=a.bits if last in self.network.fixed else None)
 
     def _operands(self, node: Node) -> tuple[tuple[Grid, Grid], Sequence[int]] | None:
         """Two operands of one scale, where the order is free a constant one last; and their numbers."""

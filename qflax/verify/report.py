@@ -68,8 +68,23 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether nothing is wrong; what could not be proven is not."""
         return not self.failures
+
+    @property
+    def integer_layers(self) -> tuple[LayerReport, ...]:
+        """Those whose sums are of integers."""
+        return tuple(layer for layer in self.layers if layer.holds is not None)
+
+    @property
+    def verdict(self) -> str:
+        """The last word."""
+        if not self.ok:
+            return f"NOT verified: {len(self.failures)} failure{'s' if len(self.failures) > 1 else ''}"
+        if self.integer_layers:
+            return "verified"
+        agrees = "" if self.probe_difference is None else "agrees with what was recorded; "
+        return f"{agrees}no layer of integers, so nothing was proven"
 
 
 _HEADER = (
@@ -86,24 +101,21 @@ def table(report: Report) -> str:
     shown = [i for i, name in enumerate(_HEADER) if name != "seen" or report.examples]
     lines = [f"{report.path}: {report.dialect}"]
     lines += ["  ".join(_cell(row[i], widths[i], i) for i in shown).rstrip() for row in rows]
-    integers = [layer for layer in report.layers if layer.holds is not None]
-    held = sum(layer.holds and layer.attained for layer in integers)
+    integers = report.integer_layers
+    held, others = (
+        sum(layer.holds and layer.attained for layer in integers),
+        len(report.layers) - len(integers),
+    )
     lines.append(
         f"accumulators: {held} of {len(integers)} layers of integers proven"
-        + (
-            f"; {len(report.layers) - len(integers)} other layers"
-            if len(integers) < len(report.layers)
-            else ""
-        )
+        + (f"; {others} other layers" if others else "")
     )
     lines.append(f"probe: {report.probe}")
     if report.accuracy is not None:
         lines.append(f"accuracy: {report.accuracy:.2%} of {report.examples:,} images")
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"FAILED: {failure}" for failure in report.failures]
-    plural = "s" if len(report.failures) > 1 else ""
-    lines.append("verified" if report.ok else f"NOT verified: {len(report.failures)} failure{plural}")
-    return "\n".join(lines)
+    return "\n".join((*lines, report.verdict))
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

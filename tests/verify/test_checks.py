@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from qflax.cli import main
 from qflax.errors import UserError
 from qflax.verify import table, verify
 from qflax.verify.extremes import width
@@ -149,7 +150,26 @@ def test_float_sums_have_a_tolerance(packed, probe, tmp_path, error, ok):
     assert error == 0 or "as dense of 'head' is not exact" in report.probe
     layer = report.layers[0]
     assert layer.kind == "dense" and layer.depth == 3 and layer.needed is None and layer.promised is None
-    assert "accumulators: 0 of 0 layers of integers proven; 1 other layers" in table(report)
+    text = table(report)
+    assert "accumulators: 0 of 0 layers of integers proven; 1 other layers" in text
+    nothing = "agrees with what was recorded; no layer of integers, so nothing was proven"
+    assert text.endswith(f"\n{nothing if ok else 'NOT verified: 1 failure'}")
+
+
+def test_a_proof_can_be_required(packed, small, tmp_path, capsys):
+    assert verify(small.save(tmp_path / "n"), require_proof=True).ok
+    file = packed((3,))
+    file.node("dense", [0, file.floats(np.zeros((3, 2)))], "head")
+    path = file.save(tmp_path / "n", [[0.0, 0.0]])
+    assert verify(path).ok
+    report = verify(path, require_proof=True)
+    assert report.failures == ("head: a proof is required, but it does not sum integers of a known range",)
+    assert main(["verify", str(path)]) == 0 and main(["verify", str(path), "--require_proof"]) == 1
+    assert capsys.readouterr().out.endswith("\nNOT verified: 1 failure\n")
+    file = packed((1,))
+    file.node("sign", [0])
+    report = verify(file.save(tmp_path / "n", [[1.0]]), require_proof=True)
+    assert report.failures == ("there is no layer to prove anything of",)
 
 
 def test_a_promise_for_sums_of_floats(packed, tmp_path):

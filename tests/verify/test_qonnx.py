@@ -263,6 +263,35 @@ def test_the_stored_type_without_a_zero_point(tmp_path, kind, low, high):
     assert report.ok == (kind is None)  # The others need more than 32 bits.
 
 
+@pytest.mark.parametrize("zero_point", [0, 3])
+@pytest.mark.parametrize("stored", [True, False])
+def test_weights_between_quantize_and_dequantize(tmp_path, stored, zero_point):
+    """Stored as integers or as floats, with a zero point or without, they are proven alike."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "zx"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "zx"], ["d"]),
+        helper.make_node("QuantizeLinear", ["w", "s", "z"], ["v"]),
+        helper.make_node("Clip", ["v", "low", "high"], ["c"]),
+        helper.make_node("DequantizeLinear", ["w" if stored else "c", "s", "z"], ["k"]),
+        helper.make_node("MatMul", ["d", "k"], ["y"]),
+    ]
+    codes = np.random.default_rng(0).integers(-7, 8, (8, 2)).astype(np.int8)
+    w = codes if stored else (codes - F(zero_point)) * F(0.25)
+    constants = dict(w=w, s=F(0.25), z=np.int8(zero_point), zx=np.uint8(9), low=np.int8(-7), high=np.int8(7))
+    report = verify(bare(tmp_path / "n", nodes[:2] + nodes[2 + 2 * stored :], constants, (8,), (2,)))
+    (row,) = report.layers
+    positive, negative = (np.maximum(sign * (codes.astype(int) - zero_point), 0).sum(0) for sign in (1, -1))
+    assert row.inputs == (-9, 246) and row.weight_bits == 8
+    assert row.extremes == (min(-9 * positive - 246 * negative), max(246 * positive + 9 * negative))
+    assert table(report).endswith("\nverified")
+
+
+def test_a_network_of_floats_is_not_called_verified(tmp_path):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    report = verify(bare(tmp_path / "n", [node], dict(w=np.ones((4, 2), F)), (4,), (2,)))
+    assert report.ok and table(report).endswith("\nno layer of integers, so nothing was proven")
+
+
 def test_stored_weights_of_four_bits(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     nodes = [
