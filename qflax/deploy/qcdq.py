@@ -27,7 +27,8 @@ def to_qcdq(graph: Graph, batch: int | None = None) -> "onnx.ModelProto":
 
     onnxruntime then gives the graph's numbers bit for bit, with all its optimizations. Some of these would
     change them and are kept away: a Round, which changes no integer, stands where onnxruntime would merge a
-    scale into a MatMul, or make a MatMul or Conv of 8-bit integers, whose sums saturate on some processors.
+    scale into a MatMul, make a MatMul or Conv of 8-bit integers, whose sums saturate on some processors, or a
+    MatMulNBits, which rounds its inputs to 8 bits once more.
     DequantizeLinear keeps it from merging a scale into the weights of a Conv.
 
     Args:
@@ -62,7 +63,7 @@ class QcdqDialect:
         """See `Dialect`."""
         if not whole:
             return builder.add("MatMul", x, kernel)
-        return builder.add("Round", builder.add("MatMul", builder.add("Round", x), kernel))
+        return builder.add("Round", builder.add("MatMul", *(builder.add("Round", y) for y in (x, kernel))))
 
     def quantize(self, builder: Builder, x: str, quantizer: Quantizer) -> str:
         """See `Dialect`."""

@@ -51,6 +51,18 @@ def test_onnxruntime_executes_as_the_graph_bit_for_bit(activations, weights, bat
     np.testing.assert_array_equal(run(to_qcdq(graph, batch), x), execute(graph, x))
 
 
+@pytest.mark.parametrize("activations", [U4, U8, S16])
+def test_a_layer_alone_is_of_no_kernel_that_rounds_its_inputs(activations, tmp_path):
+    """onnxruntime knows one for weights of 8 bits whose scale nothing else has."""
+    net = Net(64)
+    y = net.add("dense", net.quantize("input", activations, np.float32(0.1)), net.weights((64, 10), N4))
+    graph = net.graph(y)
+    x = np.random.default_rng(1).normal(size=(20, 64)).astype(np.float32) * 1000
+    np.testing.assert_array_equal(run(to_qcdq(graph), x, tmp_path), execute(graph, x))
+    operations = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert "MatMul" in operations and "MatMulNBits" not in operations
+
+
 def test_model_is_valid_plain_onnx():
     model = to_qcdq(residual_net(U4, N4))
     onnx.checker.check_model(model, full_check=True)
