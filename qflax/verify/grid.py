@@ -1,6 +1,7 @@
 """Values that are integers behind a scale, and how what broadcasts against values follows their layout."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,15 +15,15 @@ class Grid:
     """Values that are `scale` times integers.
 
     Attributes:
-      low, high: least and greatest integer.
+      low, high: least and greatest integer; infinite where all that is known is that they are whole.
       scale: positive float64 that broadcasts against the values, of as many axes.
       bits: of the integers where a quantizer made them, else None.
       channels: which output channel of a layer each value is the sum of, as `Analysis` numbers them, before
         anything but constants was added; -1 where none. It broadcasts like the scale. None: none anywhere.
     """
 
-    low: int
-    high: int
+    low: int | float
+    high: int | float
     scale: np.ndarray = dataclasses.field(default_factory=lambda: np.float64(1))
     bits: int | None = None
     channels: np.ndarray | None = None
@@ -31,6 +32,11 @@ class Grid:
     def uniform(self) -> bool:
         """Whether there is one scale for all values."""
         return self.scale.size == 1
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the range is known."""
+        return max(-self.low, self.high) < math.inf
 
     @property
     def plain(self) -> bool:
@@ -50,6 +56,9 @@ class Grid:
         """The same integers elsewhere: `move` takes an array that broadcasts against the values with them."""
         channels = None if self.channels is None else move(self.channels)
         return dataclasses.replace(self, scale=move(self.scale), channels=channels)
+
+
+WHOLE = Grid(low=-math.inf, high=math.inf)
 
 
 def constant_grid(array: np.ndarray, fmt: Format | None = None) -> Grid | None:

@@ -11,7 +11,17 @@ from qflax.verify.biases import Biases
 from qflax.verify.executor import ELEMENTARY
 from qflax.verify.extremes import LARGEST_CODE, IntegerLayer
 from qflax.verify.formats import IntegerFormat
-from qflax.verify.grid import Grid, aligned, constant_grid, joined, nearly_whole, reshaped, varies, whole
+from qflax.verify.grid import (
+    WHOLE,
+    Grid,
+    aligned,
+    constant_grid,
+    joined,
+    nearly_whole,
+    reshaped,
+    varies,
+    whole,
+)
 from qflax.verify.network import Network, Node
 
 _LARGEST = 2**128  # float32 holds no larger numbers.
@@ -42,13 +52,13 @@ class Analysis:
             self._set(number, constant_grid(network.fixed[number], fmt))
         for node in network.nodes:
             grid = getattr(self, f"_{node.operation}", self._nothing)(node)
-            if grid is None and node.output in network.fixed:
+            if node.output in network.fixed and (grid is None or not grid.bounded):
                 grid = constant_grid(network.fixed[node.output])
             self._set(node.output, grid)
 
     def _set(self, number: int, grid: Grid | None) -> None:
         shape = self.network.shapes[number]
-        if grid is None or 0 in shape or max(-grid.low, grid.high) > _LARGEST:
+        if grid is None or 0 in shape or grid.bounded and max(-grid.low, grid.high) > _LARGEST:
             return
         grid = grid.moved(lambda array: aligned(array, len(shape)))
         if not np.all((grid.scale > 0) & (grid.scale < np.inf)):
@@ -84,11 +94,15 @@ class Analysis:
         low, high = (min(max(end, low), high) for end in (x.low, x.high))
         return dataclasses.replace(x, low=low, high=high, bits=fmt.bits, channels=channels)
 
-    def _round(self, node: Node) -> Grid | None:
+    def _round(self, node: Node) -> Grid:
         x = self._input(node)
-        return x if x is not None and x.plain else None
+        return x if x is not None and x.plain else WHOLE
 
     _floor = _ceil = _round
+
+    def _sign(self, node: Node) -> Grid:
+        del node
+        return Grid(low=-1, high=1)
 
     def _conv(self, node: Node) -> Grid | None:
         x, kernel, array = self._input(node), self._input(node, 1), self.network.fixed.get(node.inputs[1])
@@ -205,7 +219,9 @@ class Analysis:
             factor = aligned(factor.astype(np.float64), ndim)
             scale = aligned(grid.scale, ndim)
             return dataclasses.replace(grid, scale=scale / factor if invert else scale * factor)
-        return None
+        factors = [self._input(node, i) for i in range(2)]
+        product = not invert and all(factor is not None and factor.plain for factor in factors)
+        return WHOLE if product else None
 
     def _divide(self, node: Node) -> Grid | None:
         return self._multiply(node, invert=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from qflax.deploy import packed
 from qflax.deploy.exporting import export
 from qflax.deploy.table import layer_table
 from qflax.layers import Conv, Dense, DenseGeneral, Einsum, Quantize, layer_costs
-from qflax.quantizers import AccumulatorAware, IntegerBias, Quantization, calibrate
+from qflax.quantizers import AccumulatorAware, IntegerBias, Quantization, Rule, calibrate
 from qflax.verify import load, run, verify
 
 ONNX = ("qonnx", "qcdq")
@@ -126,6 +127,38 @@ def test_a_wrong_scale_and_a_missing_zero_point_are_found(tmp_path, trained, wha
     assert not report.ok and "input" in " ".join(report.failures)
 
 
+class Single(nn.Module):
+    """A quantizer and a layer."""
+
+    layer: Callable[..., nn.Module]
+    policy: Quantization
+
+    @nn.compact
+    def __call__(self, x):
+        layer = self.layer(quantization=self.policy, name="layer")
+        return layer(Quantize(quantization=self.policy, name="input")(x)).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("rounding", ["half_even", "floor", "ceil", "toward_zero"])
+@pytest.mark.parametrize(("bits", "signed"), [(9, True), (10, False), (16, True)])
+def test_wide_activations_are_proven_in_every_format(tmp_path, bits, signed, rounding):
+    wide = dict(kind="uniform", bits=bits, signed=signed, rounding=rounding, scale="static")
+    weights = AccumulatorAware(bits=4, accumulator_bits=20)
+    policy = Quantization(weights=weights, rules=(Rule("input", {"activations": wide}),))
+    model = Single(functools.partial(Dense, 3), policy)
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    ranges = set()
+    for format in ("packed", *ONNX):
+        if format in ONNX:
+            pytest.importorskip("onnx")
+        export(model.apply, variables, (6,), tmp_path / format, format=format, low=-4.0, high=4.0)
+        report = verify(tmp_path / format, require_proof=True)
+        assert report.ok, report.failures
+        ranges.add((report.layers[0].inputs, report.layers[0].extremes))
+    assert len(ranges) == 1
+
+
 BIASED = {
     "conv": functools.partial(Conv, 4, (3, 3)),
     "dense": functools.partial(Dense, 5),
@@ -143,22 +176,13 @@ def test_biases_are_in_the_accumulator_wherever_they_are_added(tmp_path, kind, f
     weights = AccumulatorAware(bits=4, accumulator_bits=12)
     policy = Quantization(weights=weights, biases=IntegerBias(bits=32), rules=(INPUT,))
 
-    class Network(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            layer = BIASED[kind](quantization=policy, name="layer", bias_init=nn.initializers.normal(300))
-            return layer(Quantize(quantization=policy, name="input")(x)).reshape(len(x), -1)
-
+    model = Single(functools.partial(BIASED[kind], bias_init=nn.initializers.normal(300)), policy)
     x = images(4)[:, :6, :4] / 128 - 1
-    variables = calibrate(Network(), Network().init(jax.random.key(0), x), [x])
-    (cost,) = (cost for cost in layer_costs(Network(), variables, x[:1]) if cost.accumulation)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    (cost,) = (cost for cost in layer_costs(model, variables, x[:1]) if cost.accumulation)
     bits = cost.accumulation.exact_bits
     assert bits > 12
-
-    def function(variables, x):
-        return Network().apply(variables, x / 128 - 1)
-
-    result = export(function, variables, x.shape[1:], tmp_path / "file", format=format)
+    result = export(model.apply, variables, x.shape[1:], tmp_path / "file", format=format, low=-1.0, high=1.0)
     assert f"{bits} bits" in layer_table(result.graph).splitlines()[1]
     report = verify(tmp_path / "file")
     assert [layer.needed for layer in report.layers] == [bits] and not report.layers[0].holds

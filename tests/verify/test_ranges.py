@@ -34,7 +34,8 @@ CASES = {
     "multiply": ("multiply", 0.3, {}, (-5, 10)),
     "add half": ("add", 0.5, {}, None),
     "maximum half": ("maximum", 0.5, {}, None),
-    "multiply negative": ("multiply", -1.0, {}, None),
+    "multiply negative": ("multiply", -1.0, {}, (-np.inf, np.inf)),
+    "multiply negative half": ("multiply", -0.5, {}, None),
     "exp": ("exp", None, {}, None),
 }
 
@@ -279,3 +280,27 @@ def test_weights_are_as_large_as_sums_of_them_are_exact(packed, tmp_path, size, 
     else:
         with pytest.raises(UserError, match=f"layer: weights of up to {2**size}; sums are exact for at most"):
             Analysis(network)
+
+
+@pytest.mark.parametrize("rounding", ["round", "floor", "ceil", "toward zero", "none"])
+@pytest.mark.parametrize("limits", [(-512.0, 511.0), (0.0, 1023.0), (-511.5, 511.0), (0.0, None)])
+def test_rounding_and_clipping_to_whole_numbers_makes_integers(packed, tmp_path, rounding, limits):
+    file = packed((3,))
+    kernel = file.integers(np.array([[1], [-1], [7]]), 4, accumulator_bits=16)
+    scale, *ends = (file.floats(n) for n in (0.37, *limits) if n is not None)
+    x = file.node("divide", [0, scale])
+    if rounding == "toward zero":
+        x = file.node("multiply", [file.node("sign", [x]), file.node("floor", [file.node("absolute", [x])])])
+    elif rounding != "none":
+        x = file.node(rounding, [x])
+    for operation, end in zip(("maximum", "minimum"), ends, strict=False):
+        x = file.node(operation, [x, end])
+    file.node("dense", [x, kernel], "layer")
+    analysis = Analysis(load(file.save(tmp_path / "n", [[0.0]])))
+    if rounding == "none" or limits[1] is None or limits[0] % 1:
+        assert not analysis.layers and len(analysis.float_layers) == 1
+    else:
+        (layer,) = analysis.layers
+        low, high = (int(limit) for limit in limits)
+        assert (layer.x_low, layer.x_high) == (low, high) and layer.weight_bits == 4
+        assert layer.extremes() == ([8 * low - high], [8 * high - low]) and not analysis.inexact
