@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import typing
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,29 +38,44 @@ def executor(path: pathlib.Path) -> str:
 
 
 def execute(path: pathlib.Path, x: np.ndarray) -> np.ndarray:
-    """Outputs of that package for x [examples, *network.shape], one example at a time.
+    """Outputs of that package for x [examples, *network.shape], as many at a time as the file declares.
 
     Raises:
       ImportError: if the package is not installed.
     """
-    if executor(path) == "onnxruntime":
-        import onnxruntime
+    model = open_model(path)
+    value = _input(model.graph)
+    serve = (_onnxruntime if executor(path) == "onnxruntime" else _qonnx)(model, value.name)
+    x = x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
+    batch, *_ = _declared(value)
+    missing = -len(x) % batch
+    padded = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+    outputs = [serve(padded[i : i + batch]) for i in range(0, len(x), batch)]
+    return np.concatenate(outputs)[: len(x)]
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # Of what it warns of nothing changes the outputs.
-        session = onnxruntime.InferenceSession(open_model(path).SerializeToString(), options)
-        name, x = session.get_inputs()[0].name, x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
-        return np.concatenate([session.run(None, {name: example[None]})[0] for example in x])
+
+def _onnxruntime(model, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # Of what it warns of nothing changes the outputs.
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return lambda x: session.run(None, {name: x})[0]
+
+
+def _qonnx(model, name: str) -> Callable[[np.ndarray], np.ndarray]:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
     from qonnx.transformation.infer_shapes import InferShapes
 
-    model = ModelWrapper(open_model(path)).transform(InferShapes())
-    name = _input(model.graph).name
-    if x.ndim == 4:
-        x = x.transpose(0, 3, 1, 2)
-    outputs = [execute_onnx(model, {name: example[None]}) for example in x]
-    return np.concatenate([output[model.graph.output[0].name] for output in outputs])
+    output, wrapped = model.graph.output[0].name, ModelWrapper(model).transform(InferShapes())
+    return lambda x: execute_onnx(wrapped, {name: x})[output]
+
+
+def _declared(value) -> list[int]:
+    """The shape of a value; a batch that is left open is 1."""
+    batch, *shape = (dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+    return [batch or 1, *shape]
 
 
 def _input(graph):
@@ -73,11 +89,11 @@ def _input(graph):
 
 def _network(path: pathlib.Path, model) -> Network:
     value = _input(model.graph)
-    batch, *shape = (dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+    batch, *shape = _declared(value)
     if not all(shape):
         raise ValueError(f"the input {value.name!r} has no fixed shape: {shape}")
     images = len(shape) == 3
-    builder = Builder([shape[1], shape[2], shape[0]] if images else shape, batch or 1)
+    builder = Builder([shape[1], shape[2], shape[0]] if images else shape, batch)
     first = builder.node("transpose", [0], "input", permutation=(0, 3, 1, 2)) if images else 0
     values = {value.name: first}
     arrays = {tensor.name: array_of(tensor) for tensor in model.graph.initializer}

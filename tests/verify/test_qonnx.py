@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
-from qflax.verify import load, run, table, verify
+from qflax.verify import load, qonnx, run, table, verify
 from qflax.verify.ranges import Analysis
 
 onnx = pytest.importorskip("onnx")
@@ -206,6 +206,27 @@ def test_batches_of_a_network_made_for_one_example(tmp_path):
     x = RNG.normal(size=(7, 2, 2, 2)).astype(F)
     expected = 2 * x.transpose(0, 3, 1, 2).reshape(7, 8) @ w.T + b / 2
     np.testing.assert_allclose(run(network, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "qonnx"])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_files_of_a_fixed_batch(tmp_path, package, batch):
+    """They are executed with the packages, too, by whole batches."""
+    pytest.importorskip(package)
+    nodes = [
+        quant("x", "a") if package == "qonnx" else helper.make_node("Round", ["x"], ["a"]),
+        helper.make_node("Reshape", ["a", "shape"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["y"]),
+    ]
+    w = RNG.integers(-7, 8, (8, 3)).astype(F)
+    constants = dict(one=F(1), zero=F(0), four=F(4), shape=np.array([batch, 8]), w=w)
+    path = model(tmp_path / "n", nodes, constants, (2, 2, 2), (3,), batch=batch)
+    x = RNG.integers(0, 16, (7, 2, 2, 2)).astype(F)
+    expected = x.transpose(0, 3, 1, 2).reshape(7, 8) @ w
+    np.testing.assert_array_equal(run(load(path), x), expected)
+    np.testing.assert_array_equal(qonnx.execute(path, x), expected)
+    report = verify(path)
+    assert report.ok and f"executed with {package}: 2 examples" in report.notes[0]
 
 
 def test_stored_integers_between_quantize_and_dequantize(tmp_path):
