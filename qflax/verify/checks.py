@@ -9,6 +9,7 @@ from qflax.untrusted import open_file
 from qflax.verify import packed, qonnx
 from qflax.verify.executor import run
 from qflax.verify.extremes import IntegerLayer, width
+from qflax.verify.limits import MALFORMED
 from qflax.verify.network import Network, Node
 from qflax.verify.probe import probe_inputs, spread
 from qflax.verify.ranges import Analysis
@@ -49,8 +50,17 @@ def verify(
       UserError: if the file cannot be read, or the data does not fit it.
     """
     network = load(path)
-    with np.errstate(all="ignore"):
-        analysis = Analysis(network)
+    try:
+        with np.errstate(all="ignore"):
+            return _checked(network, images, labels, require_proof)
+    except MALFORMED as error:  # Of what no reader took exception to.
+        raise UserError(f"{path}: cannot be verified: {one_line(repr(error))}") from error
+
+
+def _checked(
+    network: Network, images: np.ndarray | None, labels: np.ndarray | None, require_proof: bool
+) -> Report:
+    analysis = Analysis(network)
     failures, notes = [], []
     probe, difference = _compare_with_trained(network, analysis, failures)
     if network.dialect == "QONNX":
@@ -68,7 +78,7 @@ def verify(
     order = {node.output: index for index, node in enumerate(network.nodes)}
     rows.sort(key=lambda row: order[row[0]])
     return Report(
-        path=path,
+        path=network.path,
         dialect=network.dialect,
         layers=tuple(row for _, row in rows),
         probe=probe,

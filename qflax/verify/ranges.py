@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qflax.errors import require
+from qflax.errors import UserError, one_line, require
 from qflax.verify.biases import Biases
 from qflax.verify.executor import ELEMENTARY
 from qflax.verify.extremes import LARGEST_CODE, IntegerLayer
@@ -22,6 +22,7 @@ from qflax.verify.grid import (
     varies,
     whole,
 )
+from qflax.verify.limits import MALFORMED
 from qflax.verify.network import Network, Node
 
 _LARGEST = 2**128  # float32 holds no larger numbers.
@@ -39,6 +40,9 @@ class Analysis:
       float_layers: the others.
       inexact: nodes whose last bit depends on who executes them: sums of what is not integers, or of more
         than float32 holds, and elementary functions.
+
+    Raises:
+      UserError: for weights that are no integers of exact sums, and for what a file should not have.
     """
 
     def __init__(self, network: Network):
@@ -51,10 +55,18 @@ class Analysis:
         for number, fmt in network.constants.items():
             self._set(number, constant_grid(network.fixed[number], fmt))
         for node in network.nodes:
-            grid = getattr(self, f"_{node.operation}", self._nothing)(node)
-            if node.output in network.fixed and (grid is None or not grid.bounded):
-                grid = constant_grid(network.fixed[node.output])
-            self._set(node.output, grid)
+            try:
+                self._follow(node)
+            except MALFORMED as error:
+                raise UserError(
+                    f"{network.path}: integers at {node.operation} of {node.layer!r}: {one_line(repr(error))}"
+                ) from error
+
+    def _follow(self, node: Node) -> None:
+        grid = getattr(self, f"_{node.operation}", self._nothing)(node)
+        if node.output in self.network.fixed and (grid is None or not grid.bounded):
+            grid = constant_grid(self.network.fixed[node.output])
+        self._set(node.output, grid)
 
     def _set(self, number: int, grid: Grid | None) -> None:
         shape = self.network.shapes[number]

@@ -138,6 +138,34 @@ def test_accuracy_and_what_was_seen(small, tmp_path):
         verify(tmp_path / "n", images[:, :5], labels)
 
 
+@pytest.mark.parametrize("place", ["Analysis._dense", "_measure"])
+def test_what_is_not_foreseen_of_a_file_is_one_line(small, tmp_path, monkeypatch, capsys, place):
+    def fail(*_):
+        raise ValueError("operands\ncould not be broadcast")
+
+    path = small.save(tmp_path / "n")
+    monkeypatch.setattr(f"qflax.verify.checks.{place}", fail)
+    images = np.zeros((2, *small.shape), np.uint8)
+    with pytest.raises(UserError, match="could not be broadcast") as error:
+        verify(path, images, np.zeros(2, int))
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert ("integers at dense of 'classifier'" in str(error.value)) == (place != "_measure")
+
+
+def test_data_for_sums_that_no_accumulator_holds(packed, tmp_path):
+    """They are found to be too many, whatever is seen of them."""
+    file, wide = packed((4, 4, 1)), {"kind": "integer", "bits": 32, "signed": False, "narrow": False}
+    kernel = file.stored((4, 4, 1, 2), [2**31] * 32, 32, wide)
+    one, zero = file.floats(1.0), file.floats(0.0)
+    x = file.node("quantize", [0, one, zero], format=wide, rounding="half_even")
+    valid = dict(strides=[1, 1], padding=[[0, 0], [0, 0]], dilation=[1, 1], groups=1)
+    file.node("reshape", [file.node("conv", [x, kernel], "conv", **valid)], shape=[-1, 2])
+    path = file.save(tmp_path / "n", [[0.0, 0.0]], high=0.0)
+    report = verify(path, np.full((2, 4, 4, 1), 9, np.uint8), np.zeros(2, int))
+    assert report.layers[0].needed > 64 and report.layers[0].seen == (0, 0)
+    assert len(report.failures) == 1 and "need 68 bits, not 32" in report.failures[0]
+
+
 @pytest.mark.parametrize("error, ok", [(0.0, True), (5e-5, True), (2e-4, False)])
 def test_float_sums_have_a_tolerance(packed, probe, tmp_path, error, ok):
     file, matrix = packed((3,)), np.float32([[0.1, 0.7], [0.3, -0.2], [-0.9, 0.4]])

@@ -13,6 +13,8 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from qflax.verify import verify  # noqa: E402
+
 HERE = pathlib.Path(__file__).parent
 F = np.float32
 QONNX = "qonnx.custom_op.general"
@@ -252,6 +254,29 @@ NETWORKS = {
 def test_networks_that_cannot_be(tmp_path, name):
     make, part = NETWORKS[name]
     refused(save(tmp_path / "m", make()), part)
+
+
+def test_an_empty_zero_point_of_what_nothing_uses(tmp_path):
+    model = exported()
+    empty = numpy_helper.from_array(np.zeros(0, F), "empty")
+    model.graph.initializer.append(empty)
+    quantizer = dict(domain=QONNX, signed=1, narrow=0, rounding_mode="ROUND")
+    model.graph.node.insert(0, helper.make_node("Quant", ["s", "s", "empty", "b"], ["dead"], **quantizer))
+    assert outcome(save(tmp_path / "m", model))[0] == 1  # As without: the outputs are not the recorded ones.
+
+
+def test_a_bias_that_makes_several_channels_of_one(tmp_path):
+    quantizer = dict(domain=QONNX, signed=0, narrow=0, rounding_mode="ROUND")
+    nodes = [
+        helper.make_node("Quant", ["x", "s", "z", "b"], ["q"], **quantizer),
+        helper.make_node("Quant", ["w", "s", "z", "b"], ["k"], **quantizer),
+        helper.make_node("Conv", ["q", "k"], ["c"]),
+        helper.make_node("Add", ["c", "bias"], ["y"]),
+    ]
+    bias = np.arange(5, dtype=F).reshape(1, 5, 1, 1)
+    constants = dict(s=F(1), z=F(0), b=F(4), w=np.full((1, 1, 3, 3), 7, F), bias=bias)
+    report = verify(save(tmp_path / "m", network(nodes, constants, (1, 1, 4, 4))))
+    assert report.ok and report.layers[0].extremes == (0, 9 * 7 * 15 + 4)
 
 
 @pytest.mark.parametrize("place", ["constant", "attribute", "subgraph"])
