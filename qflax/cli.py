@@ -129,6 +129,12 @@ def _run(arguments: Sequence[str]) -> int | None:
     verifying.add_argument("--data", choices=("cifar10", "digits"), help="test images to run, too")
     verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     verifying.add_argument(
+        "--accumulator_bits",
+        type=int,
+        metavar="N",
+        help="hold all layers to N bits, beside the file's promise",
+    )
+    verifying.add_argument(
         "--require_proof", action="store_true", help="fail where the sums of a layer are not proven"
     )
     verifying.set_defaults(run=_verify)
@@ -245,13 +251,14 @@ def _export(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from qflax.verify import table, verify
 
+    require(bool(options.data) or not options.data_dir, "--data_dir: is for --data, which is missing")
     data = ()
     if options.data:
         from qflax.data import load
 
         dataset = load(options.data, "test", data_dir=options.data_dir or None, validation_examples=0)
         data = dataset.images, dataset.labels
-    report = verify(options.file, *data, require_proof=options.require_proof)
+    report = verify(options.file, *data, bits=options.accumulator_bits, require_proof=options.require_proof)
     print(table(report))
     return 0 if report.ok else FAILED
 

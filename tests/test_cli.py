@@ -153,6 +153,7 @@ def test_bad_input_ends_in_one_line(arguments, parts, tmp_path):
         "verify /nowhere",
         "verify configs",
         "verify README.md --data=x",
+        "verify README.md --accumulator_bits=many",
     ],
 )
 def test_bad_input_of_every_command_is_one_line(arguments):

@@ -35,6 +35,7 @@ def verify(
     images: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     *,
+    bits: int | None = None,
     require_proof: bool = False,
 ) -> Report:
     """Reads a network and checks what it promises.
@@ -44,23 +45,29 @@ def verify(
       images: uint8 [n, height, width, channels] to measure the accuracy on, or None. They are spread over the
         range of the probe's inputs; over 0 ... 1 in files of other tools.
       labels: whole numbers [n].
+      bits: of accumulators that all layers of integers must fit, besides what the file promises; None is what
+        it promises alone, or 32.
       require_proof: whether layers of which nothing can be proven are failures.
 
     Raises:
-      UserError: if the file cannot be read, or the data does not fit it.
+      UserError: if the file cannot be read, the data does not fit it, or for other than 2 to 64 `bits`.
     """
+    require(bits is None or 2 <= bits <= 64, f"accumulator_bits={bits}: an accumulator has 2 to 64")
     network = load(path)
     try:
         with np.errstate(all="ignore"):
-            return _checked(network, images, labels, require_proof)
+            return _checked(network, Analysis(network, bits), images, labels, require_proof)
     except MALFORMED as error:  # Of what no reader took exception to.
         raise UserError(f"{path}: cannot be verified: {one_line(repr(error))}") from error
 
 
 def _checked(
-    network: Network, images: np.ndarray | None, labels: np.ndarray | None, require_proof: bool
+    network: Network,
+    analysis: Analysis,
+    images: np.ndarray | None,
+    labels: np.ndarray | None,
+    require_proof: bool,
 ) -> Report:
-    analysis = Analysis(network)
     failures, notes = [], []
     probe, difference = _compare_with_trained(network, analysis, failures)
     if network.dialect == "QONNX":

@@ -27,6 +27,7 @@ class IntegerLayer:
       weight_bits: of the weights' format.
       x_low, x_high: range of the integer inputs, with 0.
       scale: of the sums, float64 [out] or [1].
+      asked: accumulator bits to hold it against beside the file's promise, or None.
       bias_low, bias_high: what is added to the sums of every channel, with 0: the negative integers of all
         constants together, and the positive ones.
       outputs: values that are these sums, with some of the constants or none: number -> scale.
@@ -38,6 +39,7 @@ class IntegerLayer:
     x_low: int
     x_high: int
     scale: np.ndarray
+    asked: int | None = None
     bias_low: list[int] = dataclasses.field(init=False)
     bias_high: list[int] = dataclasses.field(init=False)
     outputs: dict[int, np.ndarray] = dataclasses.field(init=False)
@@ -53,8 +55,9 @@ class IntegerLayer:
 
     @property
     def promised(self) -> int:
-        """Bits of the accumulator."""
-        return self.node.promised or DEFAULT_BITS
+        """Bits of the accumulator, the least of what was promised and what is asked for."""
+        widths = [bits for bits in (self.node.promised, self.asked) if bits is not None]
+        return min(widths, default=DEFAULT_BITS)
 
     def sums(self) -> tuple[list[int], list[int]]:
         """Least and greatest sum of every output channel, without the bias."""

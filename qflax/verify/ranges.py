@@ -45,8 +45,9 @@ class Analysis:
       UserError: for weights that are no integers of exact sums, and for what a file should not have.
     """
 
-    def __init__(self, network: Network):
-        self.network = network
+    def __init__(self, network: Network, bits: int | None = None):
+        """`bits`: see `IntegerLayer.asked`."""
+        self.network, self._bits = network, bits
         self.grids: dict[int, Grid] = {}
         self.layers: list[IntegerLayer] = []
         self.float_layers: list[Node] = []
@@ -131,6 +132,7 @@ class Analysis:
             x_low=min(x.low, 0),
             x_high=max(x.high, 0),
             scale=(x.scale.item() * kernel.scale).reshape(-1),
+            asked=self._bits,
         )
         self.layers.append(layer)
         low, high = layer.sums()

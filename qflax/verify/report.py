@@ -12,7 +12,8 @@ class LayerReport:
       layer: path of modules, or the node's name.
       kind: `conv` or `dense`.
       depth: products in a sum.
-      promised: accumulator bits that the file promises; of a layer of integers without a promise, 32.
+      promised: accumulator bits that the file promises, or fewer that were asked for; of a layer of integers
+        without either, 32.
       weight_bits: of the integer weights.
       inputs: least and greatest integer input.
       extremes: least and greatest integer that the accumulator can hold.

@@ -138,6 +138,36 @@ def test_accuracy_and_what_was_seen(small, tmp_path):
         verify(tmp_path / "n", images[:, :5], labels)
 
 
+def test_bits_can_be_asked_for_beside_the_promise(small, tmp_path, capsys):
+    path = small.save(tmp_path / "n", bits=22, bits2=24)
+    first, second = (layer.needed for layer in verify(path).layers)
+    assert first < second < 22
+    for bits, promised, failures in [
+        (30, [22, 24], []),
+        (second, [second] * 2, []),
+        (second - 1, [second - 1] * 2, ["classifier"]),
+        (first, [first] * 2, ["classifier"]),
+        (first - 1, [first - 1] * 2, ["block/conv", "classifier"]),
+    ]:
+        report = verify(path, bits=bits)
+        assert [layer.promised for layer in report.layers] == promised
+        assert [line.split(":")[0] for line in report.failures] == failures
+        assert main(["verify", str(path), f"--accumulator_bits={bits}"]) == bool(failures)
+    assert f"need {first} bits, not {first - 1}" in capsys.readouterr().out
+    file = small.build()
+    del file.graph["constants"][0]["accumulator_bits"]
+    report = verify(file.save(tmp_path / "m", small.outputs, small.sums), bits=40)
+    assert [layer.promised for layer in report.layers] == [40, 24]
+    for bits in (1, 65):
+        assert main(["verify", str(path), f"--accumulator_bits={bits}"]) == 2
+        assert capsys.readouterr().err == f"error: accumulator_bits={bits}: an accumulator has 2 to 64\n"
+
+
+def test_where_data_is_is_told_for_nothing_without_them(small, tmp_path, capsys):
+    assert main(["verify", str(small.save(tmp_path / "n")), "--data_dir=x"]) == 2
+    assert capsys.readouterr().err == "error: --data_dir: is for --data, which is missing\n"
+
+
 @pytest.mark.parametrize("place", ["Analysis._dense", "_measure"])
 def test_what_is_not_foreseen_of_a_file_is_one_line(small, tmp_path, monkeypatch, capsys, place):
     def fail(*_):
