@@ -96,7 +96,9 @@ class Analysis:
             zero_point = self.network.fixed.get(node.inputs[2])
         if zero_point is None or not zero_point.size or not whole(zero_point):
             return None
-        low, high = fmt.lowest - int(zero_point.max()), fmt.highest - int(zero_point.min())
+        # As float32 has them: it rounds 2^31 - 1 up.
+        low = int(np.float32(fmt.lowest) - np.float32(zero_point.max()))
+        high = int(np.float32(fmt.highest) - np.float32(zero_point.min()))
         x, scale = self._input(node), self.network.fixed.get(node.inputs[1])
         if x is None or scale is None or not (x.plain and (scale == 1).all()) or zero_point.any():
             return Grid(low=low, high=high, bits=fmt.bits)

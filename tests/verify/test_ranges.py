@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
-from qflax.verify import load
+from qflax.verify import load, run
 from qflax.verify.executor import evaluate
 from qflax.verify.ranges import Analysis
 
@@ -304,3 +304,13 @@ def test_rounding_and_clipping_to_whole_numbers_makes_integers(packed, tmp_path,
         low, high = (int(limit) for limit in limits)
         assert (layer.x_low, layer.x_high) == (low, high) and layer.weight_bits == 4
         assert layer.extremes() == ([8 * low - high], [8 * high - low]) and not analysis.inexact
+
+
+@pytest.mark.parametrize("zero_point", [0.0, 5.0, -(2.0**24)])
+def test_the_widest_quantizers_reach_what_float32_makes_of_their_ends(packed, tmp_path, zero_point):
+    file, scale = packed((2,)), 2.0**-30
+    numbers = [file.floats(n) for n in (scale, zero_point)]
+    x = file.node("quantize", [0, *numbers], format=INT32, rounding="half_even")
+    network = load(file.save(tmp_path / "n", np.zeros((1, 2))))
+    grid, y = Analysis(network).grids[x], run(network, np.float32([[-9, 9]]))
+    assert (grid.low, grid.high) == (int(y.min()), int(y.max()))
