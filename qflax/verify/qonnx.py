@@ -101,12 +101,11 @@ def _network(path: pathlib.Path, model) -> Network:
     metadata = _metadata(model)
     promises = {name: accumulator_bits(bits) for name, bits in metadata.get("accumulator_bits", {}).items()}
     for node in model.graph.node:
-        promised = promises.pop(node.name, None) if node.op_type in SUMS else None
+        promised = promises.get(node.name) if node.op_type in SUMS else None
         _translate(node, promised, builder, values, arrays, choices)
-    if promises:
-        raise ValueError(
-            f"metadata: {min(promises)!r} has accumulator_bits, but is no convolution or product"
-        )
+    others = promises.keys() - {node.name for node in model.graph.node if node.op_type in SUMS}
+    if others:
+        raise ValueError(f"metadata: {min(others)!r} has accumulator_bits, but is no convolution or product")
     probe = Probe.from_json(metadata["probe"]) if metadata else None
     network = builder.network(path, "QONNX", values[model.graph.output[0].name], probe)
     if probe:

@@ -110,6 +110,8 @@ class Context:
 
     def variadic(self, operation: str) -> int:
         """The operation of two inputs, then with the next."""
+        if self.attribute("broadcast", 0):
+            raise ValueError("broadcasting along an axis, as before opset 7, is not supported")
         y = self.value(0)
         for i in range(1, len(self.inputs)):
             y = self.node(operation, y, self.value(i))

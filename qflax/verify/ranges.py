@@ -231,19 +231,23 @@ class Analysis:
                 continue
             if (factor == 1).all():
                 return grid
+            other = self._input(node, j)
+            if not invert and other is not None and other.bits is not None:
+                continue  # Of integers itself, and no scale.
             ndim = len(self.network.shapes[node.output])
             factor = aligned(factor.astype(np.float64), ndim)
             scale = aligned(grid.scale, ndim)
             return dataclasses.replace(grid, scale=scale / factor if invert else scale * factor)
-        factors = [self._input(node, i) for i in range(2)]
-        product = not invert and all(factor is not None and factor.plain for factor in factors)
-        return WHOLE if product else None
+        a, b = (self._input(node, i) for i in range(2))
+        return None if invert or a is None or b is None else _product(a, b)
 
     def _divide(self, node: Node) -> Grid | None:
         return self._multiply(node, invert=True)
 
     def _max_pool(self, node: Node) -> Grid | None:
-        return self._along(node, (1, 2))
+        beside = zip(node.attributes["padding"], node.attributes["window"], strict=True)
+        inside = all(max(border) < size for border, size in beside)  # Else some are of minus infinity alone.
+        return self._along(node, (1, 2)) if inside else None
 
     def _max(self, node: Node) -> Grid | None:
         axes = node.attributes["axes"]
@@ -251,7 +255,7 @@ class Analysis:
         return grid and grid.moved(lambda array: array.squeeze(axes))
 
     def _sum_pool(self, node: Node) -> Grid | None:
-        return self._summed(node, self._max_pool(node), math.prod(node.attributes["window"]))
+        return self._summed(node, self._along(node, (1, 2)), math.prod(node.attributes["window"]))
 
     def _sum(self, node: Node) -> Grid | None:
         shape = self.network.shapes[node.inputs[0]]
@@ -316,6 +320,13 @@ class Analysis:
             channels = joined(parts, shapes, axis)
         low, high = min(grid.low for grid in grids), max(grid.high for grid in grids)
         return Grid(low=low, high=high, scale=scale, channels=channels)
+
+
+def _product(a: Grid, b: Grid) -> Grid | None:
+    if not (a.bounded and b.bounded):
+        return WHOLE if a.plain and b.plain else None
+    corners = [x * y for x in (a.low, a.high) for y in (b.low, b.high)]
+    return Grid(low=min(corners), high=max(corners), scale=a.scale * b.scale)
 
 
 def _same(scale: np.ndarray, other: np.ndarray) -> bool:

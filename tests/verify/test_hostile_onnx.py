@@ -234,6 +234,7 @@ NETWORKS = {
     ),
     "choice of other numbers": (lambda: chain("GreaterOrEqual", "Where", F(1), F(0)), "only x >= 0 ? 1 : -1"),
     "truth as a number": (lambda: chain("GreaterOrEqual", "Cast", to=TensorProto.FLOAT), "no 'a'"),
+    "broadcast along an axis": (lambda: one("Add", np.ones(4, F), broadcast=1, axis=1), "before opset 7"),
     "dropout in training": (lambda: one("Dropout", F(0.5), np.array(True)), "training_mode"),
     "norm in training": (
         lambda: one("BatchNormalization", *[np.ones(4, F)] * 4, training_mode=1),

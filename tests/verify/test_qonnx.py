@@ -469,6 +469,17 @@ def test_an_export_is_verified(exported, probe, tmp_path):
         assert "executed with qonnx: 2 examples, all outputs are equal" in report.notes
 
 
+def test_a_promise_is_of_all_nodes_of_its_name(exported, probe, tmp_path):
+    outputs = exported.outputs(probe(2, exported.shape))
+    path = exported.save(tmp_path / "n", outputs, bits=5)
+    made = onnx.load(path)
+    made.graph.node.insert(4, helper.make_node("Conv", ["d", "tiny"], ["beside"], name="conv"))
+    made.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 2, 1, 1), np.int8), "tiny"))
+    path.write_bytes(made.SerializeToString())
+    report = verify(path)
+    assert [row.promised for row in report.layers] == [5, 5] and not report.layers[1].holds
+
+
 def test_wrong_exports_are_caught(exported, probe, tmp_path):
     outputs = exported.outputs(probe(2, exported.shape))
     needed = verify(exported.save(tmp_path / "n", outputs)).layers[0].needed

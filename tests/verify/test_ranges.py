@@ -34,9 +34,10 @@ CASES = {
     "multiply": ("multiply", 0.3, {}, (-5, 10)),
     "add half": ("add", 0.5, {}, None),
     "maximum half": ("maximum", 0.5, {}, None),
-    "multiply negative": ("multiply", -1.0, {}, (-np.inf, np.inf)),
+    "multiply negative": ("multiply", -1.0, {}, (-10, 5)),
     "multiply negative half": ("multiply", -0.5, {}, None),
     "exp": ("exp", None, {}, None),
+    "max_pool of a border alone": ("max_pool", None, dict(**WINDOW, padding=[[2, 0], [0, 0]]), None),
 }
 
 
@@ -47,7 +48,14 @@ def test_ranges(packed, tmp_path, case):
     numbers = [file.floats(n) for n in (0.7, 5.0, *([] if operand is None else [operand]))]
     codes = file.node("quantize", [0, *numbers[:2]], format=UINT4, rounding="half_even")
     y = file.node(operation, [codes, *numbers[2:]], **attributes)
-    size = {"pad": 72, "slice": 8, "max_pool": 8, "sum_pool": 8, "sum": 2, "max": 2}.get(operation, 32)
+    size = {
+        "pad": 72,
+        "slice": 8,
+        "max_pool": 12 if "border" in case else 8,
+        "sum_pool": 8,
+        "sum": 2,
+        "max": 2,
+    }.get(operation, 32)
     analysis = Analysis(load(file.save(tmp_path / "n", np.zeros((1, size)))))
     grid = analysis.grids.get(y)
     assert (grid and (grid.low, grid.high)) == expected
@@ -314,3 +322,16 @@ def test_the_widest_quantizers_reach_what_float32_makes_of_their_ends(packed, tm
     network = load(file.save(tmp_path / "n", np.zeros((1, 2))))
     grid, y = Analysis(network).grids[x], run(network, np.float32([[-9, 9]]))
     assert (grid.low, grid.high) == (int(y.min()), int(y.max()))
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_factor_of_integers_is_no_scale(packed, tmp_path, integers):
+    file, factor = packed((2,)), np.array([100.0, 50.0])
+    kernel = file.integers(np.ones((2, 1)), 4)
+    factor = file.integers(factor, 8) if integers else file.floats(factor[:1])
+    one, zero = file.floats(1.0), file.floats(0.0)
+    x = file.node("quantize", [0, one, zero], format=UINT4, rounding="half_even")
+    file.node("dense", [file.node("multiply", [x, factor]), kernel], "layer")
+    (layer,) = Analysis(load(file.save(tmp_path / "n", [[0.0]]))).layers
+    assert layer.x_high == (1500 if integers else 15)
+    assert layer.scale == (1 if integers else 100)
