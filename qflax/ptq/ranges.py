@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import flax.linen as nn
 import jax
 
-from qflax.quantizers import BUDGETS, calibrate, project_weights
+from qflax.quantizers import calibrate, project_weights
 
 
 def set_ranges(
@@ -26,8 +26,7 @@ def set_ranges(
       The variables, and whether weights were projected.
     """
     variables = calibrate(model, variables, batches, **calibration)
-    _, state = model.apply(variables, next(iter(batches))[:1], train=False, mutable=[BUDGETS])
-    if not state.get(BUDGETS):
-        return variables, False
-    variables = project_weights(variables, state[BUDGETS])
-    return calibrate(model, variables, batches, roles=("activations",), **calibration), True
+    variables, projected = project_weights(model, variables, next(iter(batches))[:1], train=False)
+    if projected:
+        variables = calibrate(model, variables, batches, roles=("activations",), **calibration)
+    return variables, projected

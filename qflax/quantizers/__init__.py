@@ -3,7 +3,14 @@
 from qflax.quantizers.accumulator_aware import AccumulatorAware, project_weights, set_accumulator_bits
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.calibration import CALIBRATIONS, apply_without_dropout, calibrate
-from qflax.quantizers.collections import BUDGETS, CALIBRATION, CONSTRAINTS, PARAMETERS, PENALTIES, STATISTICS
+from qflax.quantizers.collections import (
+    CALIBRATION,
+    CONSTRAINTS,
+    PARAMETERS,
+    PENALTIES,
+    PROJECTED,
+    STATISTICS,
+)
 from qflax.quantizers.constraints import constrain, limit_gradients
 from qflax.quantizers.integer_bias import IntegerBias
 from qflax.quantizers.minifloat import Minifloat
@@ -21,7 +28,6 @@ from qflax.quantizers.truncation import Truncation
 from qflax.quantizers.uniform import Uniform
 
 __all__ = [
-    "BUDGETS",
     "CALIBRATION",
     "CALIBRATIONS",
     "CONSTRAINTS",
@@ -29,6 +35,7 @@ __all__ = [
     "KINDS",
     "PARAMETERS",
     "PENALTIES",
+    "PROJECTED",
     "ROLES",
     "STATISTICS",
     "AccumulatorAware",

@@ -23,7 +23,7 @@ from qflax.numerics import (
 )
 from qflax.quantizers.base import Quantizer, usual_weight
 from qflax.quantizers.checks import check_flag, check_whole
-from qflax.quantizers.collections import BUDGETS, PARAMETERS, PENALTIES, STATISTICS
+from qflax.quantizers.collections import PARAMETERS, PENALTIES, PROJECTED, STATISTICS
 from qflax.quantizers.constraints import ANY_LOG2, Box
 from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
 from qflax.quantizers.statistics import SMALLEST_RANGE
@@ -110,11 +110,19 @@ class AccumulatorAwareQuantizer(Quantizer):
         allowed = budget.norm * norm_scale
         self._report(PENALTIES, "accumulator", jnp.sum(jax.nn.relu(norm - allowed)))
         if self.spec.ep_init:
-            self._report(BUDGETS, "norm", allowed)
+            self._project(x, allowed)
         codes = accumulator_aware_codes(x, norm_scale, norm, budget, fmt)
         unscaled = jax.lax.stop_gradient(codes)
         unscaled = within_accumulator(unscaled, budget.accumulator_bits, format=fmt)
         return quantized_array(product(codes, scale), unscaled, scale, fmt)
+
+    def _project(self, kernel: jax.Array, radius: jax.Array) -> None:
+        """EP-init, see `project_weights`: the layer knows where in its kernel the weights of `kernel` are."""
+        if self.is_initializing() or not self.is_mutable_collection(PROJECTED):
+            return
+        self._report(PROJECTED, "kernel", project_onto_l1_ball(kernel, radius))
+        log2_norm = jnp.minimum(self.get_variable(PARAMETERS, "log2_norm"), jnp.log2(radius))
+        self.put_variable(PARAMETERS, "log2_norm", log2_norm)
 
     def _budget(self, inputs: jax.Array | QuantizedArray | None) -> AccumulatorBudget:
         spec, where = self.spec, "/".join(self.path[:-1])
@@ -155,30 +163,31 @@ def set_accumulator_bits(quantizer_stats: Mapping, bits: int) -> dict:
     return jax.tree_util.tree_map_with_path(change, quantizer_stats)
 
 
-def project_weights(variables: Mapping, budgets: Mapping) -> dict:
+def project_weights(
+    model: nn.Module, variables: Mapping, x: jax.Array, **call_arguments
+) -> tuple[dict, bool]:
     """EP-init: each channel's float weights projected onto the L1 ball that its accumulator allows.
 
     The Euclidean projection is the nearest kernel that truncation will not shrink further (Colbert et al.
-    2024, section 3.3). Then norms are at most those of the balls; scales stay.
+    2024, section 3.3). Then norms are at most those of the balls; scales stay. A layer that is called several
+    times keeps what all of its inputs allow.
 
     Args:
-      variables: of the model, calibrated.
-      budgets: the collection `BUDGETS` that a forward pass reported.
+      model: a module built of qflax layers.
+      variables: its variables, calibrated.
+      x: an input of the model, of which the widths matter, not the values.
+      **call_arguments: passed to the model, such as `train=False`.
 
     Returns:
-      The variables with new kernels and norms.
+      The variables with new kernels and norms, and whether there are any.
     """
 
-    def walk(budgets, weights, quantizers):
-        if "weights" in budgets:
-            radius, own = budgets["weights"]["norm"], quantizers["weights"]
-            weights = {**weights, "kernel": project_onto_l1_ball(weights["kernel"], radius)}
-            log2_norm = jnp.minimum(own["log2_norm"], jnp.log2(radius))
-            return weights, {**quantizers, "weights": {**own, "log2_norm": log2_norm}}
-        weights, quantizers = dict(weights), dict(quantizers)
-        for name in budgets:
-            weights[name], quantizers[name] = walk(budgets[name], weights[name], quantizers[name])
-        return weights, quantizers
+    @jax.jit
+    def project(variables, x):
+        mutable = ["params", PARAMETERS, PROJECTED]
+        return model.apply(variables, x, mutable=mutable, **call_arguments)[1]
 
-    weights, quantizers = jax.jit(walk)(budgets, variables["params"], variables[PARAMETERS])
-    return {**variables, "params": weights, PARAMETERS: quantizers}
+    state = project(variables, x)
+    if not state.get(PROJECTED):
+        return dict(variables), False
+    return {**variables, "params": state["params"], PARAMETERS: state[PARAMETERS]}, True

@@ -1,15 +1,18 @@
 """Accumulator-aware weights in a layer: input format, messages, projection, change of the accumulator."""
 
+import fnmatch
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from qflax.errors import UserError
 from qflax.layers import Activation, Conv, Dense, cost_function, layer_costs
+from qflax.linen import quantize
 from qflax.quantizers import (
-    BUDGETS,
     CONSTRAINTS,
     PARAMETERS,
     STATISTICS,
@@ -116,18 +119,86 @@ def test_specs_that_differ_in_the_accumulator_are_one_program():
 
 def test_projection_lets_truncation_keep_the_kernel():
     model, variables = calibrated(Uniform(bits=4), accumulator_bits=10)
-    budgets = model.apply(variables, X, mutable=[BUDGETS])[1][BUDGETS]
-    projected = project_weights(variables, budgets)
-    radius = budgets["conv"]["weights"]["norm"]
+    projected, changed = project_weights(model, variables, X)
+    radius = np.exp2(projected[PARAMETERS]["conv"]["weights"]["log2_norm"])
     before, after = (np.abs(v["params"]["conv"]["kernel"]).sum((0, 1, 2)) for v in (variables, projected))
-    assert np.all(before > radius) and np.all(after <= radius * (1 + 1e-5))
+    assert changed and np.all(before > 1.1 * radius) and np.all(after <= radius * (1 + 1e-5))
     np.testing.assert_array_equal(projected["params"]["conv"]["bias"], variables["params"]["conv"]["bias"])
     assert layer_costs(model, projected, X[:1])[-1].accumulation.exact_bits <= 10
 
 
 def test_without_ep_init_nothing_is_projected():
     model, variables = calibrated(Uniform(bits=4), ep_init=False)
-    assert not model.apply(variables, X, mutable=[BUDGETS])[1].get(BUDGETS)
+    assert project_weights(model, variables, X) == (variables, False)
+
+
+class Attention(nn.Module):
+    """A plain model with projections of several axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2)(x)
+
+
+class Repeated(nn.Module):
+    """A plain model of blocks with kernels of their own; `axis` is where these are stacked."""
+
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.relu(nn.Dense(6)(x)), None
+
+        axes = {"params": self.axis, True: 0}
+        return nn.scan(Block, length=3, variable_axes=axes, split_rngs={"params": True})(name="blocks")(
+            x, None
+        )[0]
+
+
+# Plain model, shape of its input, axes of each kernel that a sum of products goes over.
+KERNELS = {
+    "dense of several axes": (nn.DenseGeneral((2, 3)), (4, 12), {"kernel": 0}),
+    "attention": (
+        Attention(),
+        (2, 5, 6),
+        {**{f"*/{name}/kernel": 0 for name in ("query", "key", "value")}, "*/out/kernel": (0, 1)},
+    ),
+    "transposed kernel": (
+        nn.ConvTranspose(6, (2, 2), transpose_kernel=True),
+        (1, 4, 4, 6),
+        {"kernel": (0, 1, 3)},
+    ),
+    "einsum": (nn.Einsum((5, 6, 3), "btd,hdk->bhtk"), (2, 4, 6), {"kernel": 1}),
+    "scan": (Repeated(), (4, 6), {"*/kernel": 1}),
+    "scan, stacked behind": (Repeated(axis=1), (4, 6), {"*/kernel": 0}),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_projected_output_by_output(name):
+    plain, shape, summed = KERNELS[name]
+    spec = AccumulatorAware(bits=4, accumulator_bits=8)
+    model = quantize(plain, weights=spec, activations=Uniform(bits=4, signed=True))
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    projected, changed = project_weights(model, variables, x)
+    assert changed and jax.tree.map(jnp.shape, projected) == jax.tree.map(jnp.shape, variables)
+    norms = flatten_dict(projected[PARAMETERS], sep="/")
+    kernels, found = flatten_dict(projected["params"], sep="/"), 0
+    for pattern, axes in summed.items():
+        for path in fnmatch.filter(kernels, pattern):
+            before = jnp.sum(jnp.abs(flatten_dict(variables["params"], sep="/")[path]), axes)
+            after = jnp.sum(jnp.abs(kernels[path]), axes)
+            radius = np.exp2(norms[path.replace("kernel", "weights/log2_norm")]).reshape(after.shape)
+            np.testing.assert_allclose(after, np.minimum(before, radius), rtol=1e-4)
+            assert np.any(before > 1.1 * radius)
+            found += 1
+    assert found == len(summed)
+    for cost in layer_costs(model, projected, x):
+        assert cost.accumulation is None or cost.accumulation.exact_bits <= 8
 
 
 @pytest.mark.parametrize(
@@ -187,8 +258,7 @@ def test_a_dead_channel_stays_zero_and_lives_on():
     variables = {**variables, "params": {"conv": {**variables["params"]["conv"], "kernel": kernel}}}
     variables = calibrate(model, variables, [X])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
-    budgets = model.apply(variables, X, mutable=[BUDGETS])[1][BUDGETS]
-    variables = project_weights(variables, budgets)
+    variables, _ = project_weights(model, variables, X)
     assert not variables["params"]["conv"]["kernel"][..., 2].any()
     assert not value_of(model.apply(variables, X))[..., 2].any()
     gradient = jax.grad(lambda p: jnp.sum(value_of(model.apply({**variables, "params": p}, X))))(

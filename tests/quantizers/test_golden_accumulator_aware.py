@@ -9,12 +9,11 @@ import pytest
 
 from qflax.numerics import IntegerFormat, accumulator_extremes
 from qflax.quantizers import (
-    BUDGETS,
     PARAMETERS,
     PENALTIES,
+    PROJECTED,
     STATISTICS,
     AccumulatorAware,
-    project_weights,
     quantized_array,
     quantizer_of,
 )
@@ -51,7 +50,7 @@ def variables(case, log2_scale, log2_norm, **more):
 @functools.cache
 def jitted(spec):
     model = quantizer_of(spec, weights=True)
-    return jax.jit(lambda variables, v, x: model.apply(variables, v, x, mutable=[PENALTIES, BUDGETS]))
+    return jax.jit(lambda variables, v, x: model.apply(variables, v, x, mutable=[PENALTIES]))
 
 
 def check_codes(expected, v, q, where):
@@ -111,13 +110,11 @@ def test_initialisation_and_projection(golden, file):
         own = {**initial, **model.apply(initial, layer["v"], x, mutable=marked)[1]}
         for ours, theirs in (("log2_scale", "log2_s"), ("log2_norm", "log2_g")):
             np.testing.assert_allclose(own[PARAMETERS][ours], naive[theirs], rtol=1e-6, atol=1e-6)
-        _, state = model.apply(own, layer["v"], x, mutable=[BUDGETS])
-        within = {"params": {"kernel": layer["v"]}, PARAMETERS: {"weights": own[PARAMETERS]}}
-        projected = project_weights(within, {"weights": state[BUDGETS]})
+        state = model.apply(own, layer["v"], x, mutable=[PROJECTED, PARAMETERS])[1]
+        kernel, parameters = state[PROJECTED]["kernel"], state[PARAMETERS]
         expected = ep["v"] if "v" in ep else layer["v"]
-        np.testing.assert_allclose(projected["params"]["kernel"], expected, rtol=1e-6, atol=1e-6)
-        assert bool(np.any(projected["params"]["kernel"] != layer["v"])) == bool(ep["changed"])
-        parameters = projected[PARAMETERS]["weights"]
+        np.testing.assert_allclose(kernel, expected, rtol=1e-6, atol=1e-6)
+        assert bool(np.any(kernel != layer["v"])) == bool(ep["changed"])
         np.testing.assert_allclose(parameters["log2_norm"], ep["log2_g"], rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(parameters["log2_scale"], own[PARAMETERS]["log2_scale"])
 
