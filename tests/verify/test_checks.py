@@ -193,7 +193,7 @@ def test_data_for_sums_that_no_accumulator_holds(packed, tmp_path):
     path = file.save(tmp_path / "n", [[0.0, 0.0]], high=0.0)
     report = verify(path, np.full((2, 4, 4, 1), 9, np.uint8), np.zeros(2, int))
     assert report.layers[0].needed > 64 and report.layers[0].seen == (0, 0)
-    assert len(report.failures) == 1 and "need 68 bits, not 32" in report.failures[0]
+    assert len(report.failures) == 1 and "need 69 bits, not 32" in report.failures[0]
 
 
 @pytest.mark.parametrize("error, ok", [(0.0, True), (5e-5, True), (2e-4, False)])
