@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from qflax import config as config_lib
 from qflax.errors import require
@@ -113,7 +113,7 @@ def _imported(file: pathlib.Path, config: ml_collections.ConfigDict, variables: 
 
 def _fold(config: ml_collections.ConfigDict, variables: Mapping) -> dict:
     """Weights of the network without norms from those of one with them."""
-    example = jnp.zeros((1, *_image_shape(config)), jnp.float32)
+    example = np.random.default_rng(0).normal(size=(1, *_image_shape(config))).astype(np.float32)
     weights = {name: variables.get(name, {}) for name in (WEIGHTS, BATCH_STATS)}
     return {**variables, BATCH_STATS: {}, **fold_norms(build.float_model(config), weights, example)}
 

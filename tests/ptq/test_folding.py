@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
+from qflax.layers import Conv
 from qflax.models import build_model
 from qflax.ptq import fold_norms
 
@@ -32,6 +33,43 @@ def test_the_network_without_norms_computes_the_same(shortcut, residual):
     found = folded.apply(weights, x, train=False)
     # Products of kernels and gains are rounded, and so is each of up to 576 sums of theirs.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.max(np.abs(expected)))
+
+
+class Shared(nn.Module):
+    """The outputs of the first layer go to its norm, and to a function as well; without norms if folded."""
+
+    folded: bool = False
+    shared: bool = True
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for name in ("first", "second"):
+            y = Conv(4, (3, 3), use_bias=self.folded, name=name)(x)
+            x = y
+            if not self.folded:
+                norm = {} if self.shared else {"use_scale": False, "use_bias": False}
+                x = nn.BatchNorm(use_running_average=not train, name=f"{name}_norm", **norm)(y)
+            if name == "first" and self.shared:
+                x += nn.sigmoid(y)
+        return x
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_layer_whose_outputs_are_read_elsewhere_is_named(shared):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 5, 5, 3)).astype(np.float32)
+    variables = Shared(shared=shared).init(jax.random.key(0), x, train=False)
+    variables = jax.tree.map(lambda v: v + np.float32(rng.uniform(0.1, 1, v.shape)), variables)
+    if shared:
+        with pytest.raises(UserError, match="^first_norm: .*a convolution or dense layer of its own"):
+            fold_norms(Shared(), variables, x)
+    else:
+        found = Shared(folded=True, shared=False).apply(
+            fold_norms(Shared(shared=False), variables, x), x, train=False
+        )
+        np.testing.assert_allclose(
+            found, Shared(shared=False).apply(variables, x, train=False), rtol=1e-4, atol=1e-5
+        )
 
 
 class Preactivation(nn.Module):
