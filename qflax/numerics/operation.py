@@ -55,13 +55,8 @@ def _evaluate(*arrays, operation, options):
 
 @PRIMITIVE.def_abstract_eval
 def _abstract(*avals, operation, options):
-    return _abstract_of(operation, options, *avals)
-
-
-@functools.cache
-def _abstract_of(operation: Operation, options: tuple, *avals: jax.core.ShapedArray) -> jax.core.ShapedArray:
-    out = jax.eval_shape(_inlined(operation, options), *avals)
-    return jax.core.ShapedArray(out.shape, out.dtype)
+    # With all that JAX knows of it, such as what it varies over in a `jax.shard_map`.
+    return _compiled(operation, options).trace(*avals).jaxpr.out_avals[0]
 
 
 def _differentiate(primals, tangents, *, operation, options):

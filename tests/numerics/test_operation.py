@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qflax.numerics import PRIMITIVE, Operation
 
@@ -36,3 +37,17 @@ def test_its_gradient_is_that_of_its_function():
     gradients = jax.grad(lambda x, s: jnp.sum(shifted_tanh(x, s, times=2)), argnums=(0, 1))(X, 1.0)
     np.testing.assert_allclose(gradients[0], 2 * (1 - np.tanh(X) ** 2), rtol=1e-5)
     assert gradients[1] == X.size
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_its_type_is_that_of_its_function(wrap):
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:2], ("batch",)), jax.sharding.PartitionSpec("batch")
+
+    def both(x):
+        y = shifted_tanh(x, 1.0)
+        assert jax.typeof(y) == jax.typeof(jnp.tanh(x) + 1.0)
+        return y
+
+    mapped = wrap(jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec))
+    np.testing.assert_allclose(mapped(X), np.tanh(X) + np.float32(1), rtol=1e-5)
+    assert jax.jit(lambda: shifted_tanh(1.0, 1.0))().weak_type
