@@ -24,6 +24,7 @@ from qflax.numerics.operation import PRIMITIVE, Operation
 from qflax.numerics.projection import project_onto_l1_ball
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
+from qflax.numerics.varying import vary_alike
 
 __all__ = [
     "CLIP_GRADIENTS",
@@ -60,6 +61,7 @@ __all__ = [
     "scale_gradient",
     "straight_through",
     "sum_to_shape",
+    "vary_alike",
     "width_of_extremes",
     "within_accumulator",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from qflax.numerics.varying import vary_alike
+
 _NAMES = ("NHWC", "HWIO", "NHWC")
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -33,7 +35,8 @@ def convolve(
     """
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), padding)
-    return _convolve(x, kernel, stride, tuple((int(low), int(high)) for low, high in padding), groups)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    return _convolve(*vary_alike(x, kernel), stride, padding, groups)
 
 
 def _plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int) -> jax.Array:
@@ -83,8 +86,16 @@ def _kernel_gradient_of_transposed(x, kernel, dy, stride, padding):
             padding, kernel.shape, dy.shape[1:], x.shape[1:], strict=False
         )
     ]
+    # On a mesh with explicit axes JAX must be told where the result lies.
+    sharding = jax.typeof(kernel.transpose(2, 0, 1, 3)).sharding
     gradient = jax.lax.conv_general_dilated(
-        x, dy.transpose(1, 2, 0, 3), (1, 1), ends, rhs_dilation=(stride, stride), dimension_numbers=_NAMES
+        x,
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        ends,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=_NAMES,
+        out_sharding=sharding,
     )
     return gradient.transpose(1, 2, 0, 3)
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from qflax.numerics.varying import vary_alike
+
 
 @jax.custom_vjp
 def scale_gradient(x: jax.Array, factor: jax.Array | float) -> jax.Array:
@@ -45,14 +47,18 @@ def _power_of_two_forward(x):
 power_of_two.defvjp(_power_of_two_forward, lambda ratio, g: (g * ratio,))
 
 
-@jax.custom_vjp
 def straight_through(value: jax.Array, x: jax.Array) -> jax.Array:
     """Returns `value` exactly; the gradient goes to `x` (Bengio et al. 2013, section 3)."""
+    return _straight_through(*vary_alike(value, x))
+
+
+@jax.custom_vjp
+def _straight_through(value, x):
     del x
     return value
 
 
-straight_through.defvjp(lambda value, x: (value, None), lambda _, g: (jnp.zeros_like(g), g))
+_straight_through.defvjp(lambda value, x: (value, None), lambda _, g: (jnp.zeros_like(g), g))
 
 
 def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -12,6 +12,7 @@ from qflax.numerics.gradients import sum_to_shape
 from qflax.numerics.operation import Operation
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
+from qflax.numerics.varying import vary_alike
 
 CLIP_GRADIENTS = ("after_rounding", "before_rounding", "straight_through")
 
@@ -173,7 +174,8 @@ class IntegerFormat:
           float32 array of the shape of `x`.
         """
         zero_point = jnp.asarray(zero_point, jnp.float32)
-        return _fake_quant(self, estimator, x, jnp.asarray(scale, jnp.float32), zero_point, key)
+        operands = vary_alike(x, jnp.asarray(scale, jnp.float32), zero_point, key)
+        return _fake_quant(self, estimator, *operands)
 
     def _codes(self, u: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array:
         """Nearest points of the unbounded code grid: the integers, or the odd ones if bipolar."""

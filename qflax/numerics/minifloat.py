@@ -13,6 +13,7 @@ from qflax.numerics.gradients import sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS
 from qflax.numerics.operation import Operation
 from qflax.numerics.rounding import ROUNDING_MODES
+from qflax.numerics.varying import vary_alike
 
 SPECIALS = ("none", "nan", "ieee", "fnuz")
 MINIFLOAT_SURROGATES = ("identity", "proportional")
@@ -250,7 +251,7 @@ class MinifloatFormat:
         """
         if scale is not None:
             scale = jnp.asarray(scale, jnp.float32)
-        return _fake_quant(self, estimator, x, scale, key)
+        return _fake_quant(self, estimator, *vary_alike(x, scale, key))
 
     @property
     def _largest_code(self) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from qflax.numerics.arithmetic import product, quotient
 from qflax.numerics.gradients import sum_to_shape
 from qflax.numerics.operation import Operation
+from qflax.numerics.varying import vary_alike
 
 # A range of (2^b - 1) steps, worked out in float32, may come out a few units in the last place too long.
 _SLACK = 1 - 2.0**-20
@@ -123,7 +124,7 @@ def quantize_to_range(
       highest: x_max / step, for where that is known to be whole.
     """
     highest = quotient(x_max, step) if highest is None else highest
-    return _quantize_to_range(signed, x, step, x_max, highest)
+    return _quantize_to_range(signed, *vary_alike(x, step, x_max, highest))
 
 
 @Operation

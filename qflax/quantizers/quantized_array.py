@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics import IntegerFormat, LearnedInteger, MinifloatFormat
+from qflax.numerics import IntegerFormat, LearnedInteger, MinifloatFormat, vary_alike
 
 
 @flax.struct.dataclass
@@ -50,7 +50,7 @@ def quantized_array(
     symmetric: bool = True,
 ) -> QuantizedArray:
     """A `QuantizedArray`; `unscaled` gets its gradient from here, whatever it has of its own."""
-    unscaled = _with_gradient_of(value, unscaled, scale)
+    unscaled = _with_gradient_of(*vary_alike(value, unscaled, scale))
     return QuantizedArray(value, unscaled, scale, jnp.asarray(zero_point, jnp.float32), format, symmetric)
 
 

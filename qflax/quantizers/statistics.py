@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics import IntegerFormat, MinifloatFormat
+from qflax.numerics import IntegerFormat, MinifloatFormat, vary_alike
 
 STATISTICS_KINDS = ("absmax", "percentile", "mse", "kl", "mean")
 
@@ -199,7 +199,8 @@ def _of_candidates(error: Callable[[jax.Array, jax.Array], jax.Array], rows: jax
     def add(total, part):
         return total + jax.lax.map(functools.partial(error, part), fractions()), None
 
-    return jax.lax.scan(add, jnp.zeros((_CANDIDATES, count)), parts)[0]
+    nothing, _ = vary_alike(jnp.zeros((_CANDIDATES, count)), rows)
+    return jax.lax.scan(add, nothing, parts)[0]
 
 
 def histogram(rows: jax.Array, largest: jax.Array) -> jax.Array:

@@ -111,3 +111,14 @@ def test_asymmetric_mse_is_better_than_absmax_with_an_outlier():
 
     low, high = asymmetric_range(jnp.asarray(x), "mse", UNSIGNED, percentile=100)
     assert cost(low, high) < 0.7 * cost(x.min(), x.max())
+
+
+def test_each_device_finds_the_ranges_of_its_own_data():
+    def ranges(x):
+        symmetric = [symmetric_range(x, kind, SIGNED, percentile=97) for kind in STATISTICS_KINDS]
+        return jnp.stack([*symmetric, *asymmetric_range(x, "mse", UNSIGNED, percentile=97)])
+
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:2], ("batch",)), jax.sharding.PartitionSpec("batch")
+    mapped = jax.shard_map(lambda x: ranges(x[0])[None], mesh=mesh, in_specs=spec, out_specs=spec)
+    expected = jax.jit(lambda x: jnp.stack([ranges(x[0]), ranges(x[1])]))(X[:2])
+    np.testing.assert_allclose(jax.jit(mapped)(X[:2]), expected, rtol=1e-6)
