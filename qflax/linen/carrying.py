@@ -19,7 +19,7 @@ from jax._src import core
 from jax.extend.core import jaxpr_as_fun
 
 from qflax.layers.pool import has_codes, mean_of_codes
-from qflax.numerics import product
+from qflax.numerics import product, vary_alike
 from qflax.quantizers import QuantizedArray, payload_of, value_of
 
 # Functions of one array that are seen as a whole, with their names in JAX.
@@ -34,7 +34,9 @@ _KEEPING_SIGN = (
     *("reduce_window", "reduce_window_max", "reduce_window_sum", "dot_general", "conv_general_dilated"),
 )
 _NONNEGATIVE = ("exp", "abs", "logistic", "square")
-_MOVING = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "broadcast_in_dim", "copy")
+_MOVING = (
+    *("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "broadcast_in_dim", "copy", "pvary"),
+)
 _LARGEST = ("reduce_max", "reduce_window_max")
 _JAX = os.path.dirname(jax.__file__) + os.sep
 _TAKES_AVAL = "aval" in inspect.signature(core.Tracer.__init__).parameters
@@ -96,12 +98,13 @@ class Trace(core.Trace):
       places: what is done at places that are no modules.
     """
 
-    __slots__ = ("_inside", "_parent", "places")
+    __slots__ = ("_casts", "_inside", "_parent", "places")
 
     def __init__(self, parent: core.Trace):
         """Makes one with no places yet."""
         super().__init__()
         self._parent, self.places, self._inside = parent, None, 0
+        self._casts = {}  # Id of a cast constant: what it became, what it was.
 
     def carried(self, x: typing.Any) -> typing.Any:
         """Has the arrays and quantized arrays in a tree carried; not within a transformation's own trace that
@@ -149,15 +152,12 @@ class Trace(core.Trace):
             return result[0] if primitive.multiple_results else result
 
         if not any(isinstance(x, Carried) for x in tracers):
-            if self._inside and not any(isinstance(x, core.Tracer) for x in tracers):
-                with core.set_current_trace(core.eval_trace):  # Constants of JAX's functions stay known.
-                    return call(*tracers)
-            with core.set_current_trace(self._parent):
-                return call(*tracers)
+            return self._not_carried(name, call, tracers)
+        operands = [self._casts.get(id(x), (x,))[-1] for x in tracers]  # As far as they are known.
         with core.set_current_trace(self._parent):
             result = self._at_place(name, first, tracers)
         if result is not None:
-            result = Carried(self, result, _nonnegative(name, tracers, params))
+            result = Carried(self, result, _nonnegative(name, operands, params))
             return [result] if primitive.multiple_results else result
         if inner is not None and any(_known(x) for x in tracers):
             self._inside += 1  # Of a function of JAX's; its additions are its own.
@@ -167,9 +167,22 @@ class Trace(core.Trace):
             finally:
                 self._inside -= 1
         with core.set_current_trace(self._parent):
-            kept = _kept(name, primitive, tracers, params)
+            kept = _kept(name, primitive, operands, params)
             result = call(*(value_of(x) for x in tracers)) if kept is None else kept
-        return self._carried(result, _nonnegative(name, tracers, params))
+        return self._carried(result, _nonnegative(name, operands, params))
+
+    def _not_carried(self, name: str, call: Callable, operands: Sequence):
+        """What `call` makes of operands that do not depend on the model's input."""
+        constant = not any(isinstance(x, core.Tracer) for x in operands)
+        cast = constant and name == "pvary"  # By JAX, where it meets an array in a `jax.shard_map`.
+        trace = self._parent
+        if self._inside and constant and not cast:
+            trace = core.eval_trace  # Constants of JAX's functions stay known.
+        with core.set_current_trace(trace):
+            result = call(*operands)
+        if cast:
+            self._casts[id(result)] = result, *operands
+        return result
 
     def _at_place(self, name: str, call: Callable, tracers: Sequence):
         """The result where this is an activation function or an addition of two arrays; else None."""
@@ -258,7 +271,7 @@ def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict
         return None
 
     def bind(*values):
-        return primitive.bind(*values, **params)
+        return primitive.bind(*vary_alike(*values), **params)
 
     if name in _MOVING and len(arrays) == 1:
         return x.replace(value=bind(x.value), unscaled=bind(x.unscaled))
