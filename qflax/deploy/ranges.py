@@ -51,7 +51,7 @@ def accumulator_ranges(graph: Graph) -> dict[str, Range]:
         elif layer and node.operation in _MOVES:
             sums[node.output] = layer, EXECUTE[node.operation](node, channels)
         elif layer and node.operation == "add" and node.output in ranges and constants:
-            bias = np.broadcast_to(constants[0].astype(np.int64), channels.shape)
+            channels, bias = np.broadcast_arrays(channels, constants[0].astype(np.int64))
             low, high = (np.zeros_like(end) for end in extremes[layer])
             np.minimum.at(low, channels, bias)
             np.maximum.at(high, channels, bias)

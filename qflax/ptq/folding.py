@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qflax.errors import require
-from qflax.numerics import in_full_precision
+from qflax.numerics import full_precision
 from qflax.ptq.taps import apply_with_hooks
 from qflax.ptq.wiring import Wiring
 
@@ -22,7 +22,7 @@ _COLLECTIONS = ("params", "batch_stats")
 _SAME = 1e-3  # Of the largest output: kernels times gains are rounded, and so are all sums of theirs.
 
 
-@in_full_precision
+@full_precision()
 def fold_norms(model: nn.Module, variables: Mapping, example: jax.Array) -> dict:
     """Weights of the same network without norms, whose layers have a bias instead.
 

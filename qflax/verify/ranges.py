@@ -207,7 +207,7 @@ class Analysis:
         return ((a, b), numbers) if _same(a.scale, b.scale) else None
 
     def _rank(self, number: int, fixed: bool) -> tuple[bool, ...]:
-        """What is to be kept of two values is known of the lower one."""
+        """By it the operand comes first that has what is to be kept."""
         return fixed, self.grids[number].channels is None, self.grids[number].bits is None
 
     def _rescaled(self, number: int, grid: Grid, scale: np.ndarray) -> Grid:
