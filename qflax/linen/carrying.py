@@ -151,6 +151,8 @@ class Trace(core.Trace):
             result = call(*values)
             return result[0] if primitive.multiple_results else result
 
+        if not self._inside:
+            tracers = [self._unless_known(x) for x in tracers]
         if not any(isinstance(x, Carried) for x in tracers):
             return self._not_carried(name, call, tracers)
         operands = [self._casts.get(id(x), (x,))[-1] for x in tracers]  # As far as they are known.
@@ -173,16 +175,28 @@ class Trace(core.Trace):
 
     def _not_carried(self, name: str, call: Callable, operands: Sequence):
         """What `call` makes of operands that do not depend on the model's input."""
-        constant = not any(isinstance(x, core.Tracer) for x in operands)
+        constant = not any(isinstance(x, jax.Array) for x in operands)
         cast = constant and name == "pvary"  # By JAX, where it meets an array in a `jax.shard_map`.
-        trace = self._parent
         if self._inside and constant and not cast:
-            trace = core.eval_trace  # Constants of JAX's functions stay known.
-        with core.set_current_trace(trace):
+            with core.set_current_trace(core.eval_trace):  # Constants of JAX's functions stay known.
+                return jax.tree.map(_as_constant, call(*operands))
+        with core.set_current_trace(self._parent):
             result = call(*operands)
         if cast:
             self._casts[id(result)] = result, *operands
         return result
+
+    def _unless_known(self, x: typing.Any) -> typing.Any:
+        """An operand in the model's code, as an array of JAX's unless it is a constant.
+
+        Any array may be a parameter, which has a value in an eager call and none in a traced one: what is
+        quantized must not depend on it. Numbers are constants, also NumPy's integers, products of shapes.
+        """
+        is_array = isinstance(x, np.ndarray | np.generic) and not isinstance(x, float)
+        if not is_array or (x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)):
+            return x
+        with core.set_current_trace(self._parent):
+            return jnp.asarray(x)
 
     def _at_place(self, name: str, call: Callable, tracers: Sequence):
         """The result where this is an activation function or an addition of two arrays; else None."""
@@ -256,11 +270,19 @@ def _nonnegative(name: str, operands: Sequence, params: dict) -> bool:
 
 
 def _is_nonnegative(x: typing.Any) -> bool:
-    if isinstance(x, Carried):
-        return x.nonnegative
-    if isinstance(x, core.Tracer) or jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):
-        return False
-    return np.size(x) == 1 and bool(np.all(np.asarray(x) >= 0))
+    constant = _constant(x)
+    return x.nonnegative if isinstance(x, Carried) else constant is not None and constant >= 0
+
+
+def _constant(x: typing.Any) -> float | None:
+    """The value of a real constant of one element; see `Trace._unless_known`."""
+    is_constant = isinstance(x, int | float | np.ndarray | np.generic) and np.size(x) == 1
+    return np.asarray(x).item() if is_constant and np.isrealobj(x) else None
+
+
+def _as_constant(x: jax.Array) -> jax.Array | np.ndarray:
+    """What an operation on constants gave, as one."""
+    return np.asarray(x) if x.size == 1 and not jnp.issubdtype(x.dtype, jax.dtypes.extended) else x
 
 
 def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict) -> QuantizedArray | None:
@@ -281,9 +303,9 @@ def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict
     if name == "reduce_sum" and has_codes(x):
         total = bind(x.unscaled)
         return mean_of_codes(x, total, x.unscaled.size // total.size, 1)
-    if name == "div" and has_codes(x) and _is_nonnegative(arrays[1]) and np.any(np.asarray(arrays[1])):
-        return mean_of_codes(x, x.unscaled, 1, float(arrays[1]))
-    if name == "pad" and not isinstance(arrays[1], core.Tracer) and np.all(np.asarray(arrays[1]) == 0):
+    if name == "div" and has_codes(x) and (_constant(operands[1]) or 0) > 0:
+        return mean_of_codes(x, x.unscaled, 1, _constant(operands[1]))
+    if name == "pad" and _constant(operands[1]) == 0:
         return x.replace(value=bind(x.value, arrays[1]), unscaled=bind(x.unscaled, arrays[1]))
     same = all(isinstance(y, QuantizedArray) and y.scale is x.scale and y.format is x.format for y in arrays)
     if name == "concatenate" and same:

@@ -168,6 +168,80 @@ def test_sign_of_inputs_is_known():
     assert signs == [True, False, True]
 
 
+SCALES = {
+    "number": (lambda t: 2.0, True),
+    "integer of a shape": (lambda t: np.prod((2, 1)), True),
+    "parameter": (lambda t: t, False),
+    "constant": (lambda t: jnp.float32(2), False),
+    "one element": (lambda t: np.full((1, 1), 2.0, np.float32), False),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("operation", [jnp.multiply, jnp.divide], ids=["mul", "div"])
+def test_eager_and_traced_calls_are_quantized_alike(scale, operation):
+    """Only of numbers the sign is known: a parameter has a value in an eager call alone."""
+    value, known = SCALES[scale]
+
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8)(x))
+            return nn.Dense(3)(operation(x, value(self.param("t", nn.initializers.constant(2.0), ()))))
+
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    spec = dict(kind="uniform", bits=4, scale="static", statistic="absmax")
+    for rules in ([], [dict(layers="relu_0", activations=spec)]):
+        model = quantize(Scaled(), weights=spec, activations=spec, rules=rules)
+        inits = [init(jax.random.key(0), x) for init in (model.init, jax.jit(model.init))]
+        assert jax.tree.structure(inits[0]) == jax.tree.structure(inits[1])
+        variables = calibrate(model, inits[0], [x])
+        own_quantizer = not (rules and known and operation is jnp.divide)
+        assert ("input" in variables["quantizer_stats"]["Dense_1"]) == own_quantizer
+        expected = jax.jit(model.apply)(variables, x)
+        for given in (variables, jax.device_get(variables)):
+            np.testing.assert_allclose(model.apply(given, x), expected, rtol=1e-6)
+        if own_quantizer:
+            costs = {cost.path: cost for cost in layer_costs(model, variables, x[:1])}
+            assert costs["Dense_1"].accumulation.input_signed != known
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x / (x + 1),
+        lambda x: x / x,
+        lambda x: x / jnp.max(x),
+        lambda x: x / jnp.sum(x),
+        lambda x: x[:, :1] / x[:, 1:2],
+        lambda x: x / np.full((1, 1), 2.0, np.float32),
+        lambda x: x * np.full((1, 1), 2.0, np.float32),
+        lambda x: x * x,
+        lambda x: x * jnp.max(x),
+        lambda x: 1 / x,
+        lambda x: (x * 1j).imag,
+        lambda x: jnp.pad(x, ((0, 0), (1, 0)), constant_values=jnp.min(x)),
+    ],
+)
+def test_operations_that_leave_the_grid(operation):
+    class Leaving(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8, bias_init=nn.initializers.constant(5.0))(x))
+            self.sow("intermediates", "x", x)
+            x = operation(x)
+            self.sow("intermediates", "y", x)
+            return nn.Dense(3)(x)
+
+    model = quantize(Leaving(), weights=W4, activations=A8, rules=[dict(layers="relu_0", activations={})])
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    variables = ready(model, x)
+    assert "input" in variables["quantizer_params"]["Dense_1"]
+    _, state = model.apply(variables, x, mutable=["intermediates"])
+    (before,), (after,) = (state["intermediates"][name] for name in "xy")
+    np.testing.assert_allclose(after, operation(before), rtol=1e-6)
+
+
 def test_function_of_the_users_own_with_a_name_of_jax():
     """Is not taken for the one of JAX: its results may be negative, and it is no activation function."""
 
