@@ -84,13 +84,15 @@ def _targets(
     model: nn.Module, variables: Mapping, example: jax.Array
 ) -> tuple[dict[str, tuple[Layer, Quantizer]], list[str]]:
     """Path -> layer and quantizer of its weights, in the order of the network; paths of other layers."""
-    modules = {call.path: call.module for call in record_calls(model, variables, example)}
+    calls = record_calls(model, variables, example)
+    modules = {call.path: call.module for call in calls}
+    lifted = {call.path for call in calls if call.lifted}
     targets, others = {}, []
     for path, layer in modules.items():
         quantizer = modules.get(f"{path}/weights")
         if quantizer is None:
             continue
-        own_grid = isinstance(quantizer.spec, Uniform | Minifloat | MixedPrecision)
+        own_grid = path not in lifted and isinstance(quantizer.spec, Uniform | Minifloat | MixedPrecision)
         if own_grid and isinstance(layer, Layer) and getattr(layer, "mask", None) is None:
             targets[path] = layer, quantizer.clone(parent=None, name=None)
         else:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from qflax.errors import require
+from qflax.layers import Conv, Dense
 from qflax.ptq.taps import record_calls
 from qflax.ptq.wiring import Wiring
 from qflax.quantizers import AccumulatorAware, Quantizer
@@ -41,7 +42,8 @@ def block_parts(model: nn.Module, reference: nn.Module, variables: Mapping, exam
     """The modules that the network consists of, each with what alone its output passes through (BRECQ)."""
     learnable = _learnable_kernels(model, variables, example)
     wiring = Wiring(reference, variables, example)
-    quantizers = [call.path for call in _quantizer_calls(model, variables, example)]
+    calls = record_calls(model, variables, example)
+    quantizers = [c.path for c in calls if isinstance(c.module, Quantizer) and not c.lifted]
     quantizers = [path for path in dict.fromkeys(quantizers) if not path.endswith("/weights")]
     chains = {chain.layer: chain for chain in wiring.chains}
     parts = []
@@ -66,20 +68,22 @@ def _blocks(paths: Sequence[str], kernels: Sequence[str]) -> list[str]:
         prefix = f"{children[0]}/"
 
 
-def _quantizer_calls(model, variables, example):
-    return [c for c in record_calls(model, variables, example) if isinstance(c.module, Quantizer)]
-
-
 def _learnable_kernels(model: nn.Module, variables: Mapping, example: jax.Array) -> list[str]:
-    """Layers whose weights are on a grid of their own, in the order of the network."""
+    """Layers whose kernels are what their quantizers see, on a grid of their own, in the order of the
+    network.
+    """
+    calls = [call for call in record_calls(model, variables, example) if not call.lifted]
+    layers = {call.path for call in calls if isinstance(call.module, Conv | Dense)}
+    weights = [call for call in calls if isinstance(call.module, Quantizer) and call.module.weights]
     paths = [
-        call.path.removesuffix("/weights")
-        for call in _quantizer_calls(model, variables, example)
-        if call.module.weights and not isinstance(call.module.spec, AccumulatorAware)
+        path
+        for call in weights
+        if not isinstance(call.module.spec, AccumulatorAware)
+        and (path := call.path.removesuffix("/weights")) in layers
     ]
     require(
         bool(paths),
-        "learned rounding: no layer has weights on a grid of their own (kind uniform, minifloat or "
-        "mixed_precision); leave it out of the recipe",
+        "learned rounding: no convolution or dense layer has weights on a grid of their own (kind uniform, "
+        "minifloat or mixed_precision); leave it out of the recipe",
     )
     return list(dict.fromkeys(paths))

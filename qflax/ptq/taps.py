@@ -112,12 +112,17 @@ class ModuleCall:
       module: the module; its attributes may be read.
       inputs: identities of its arguments that are arrays, or quantized ones.
       output: identity of the (first) array that it returned.
+      ndim: number of that array's axes.
+      lifted: whether it is made within a lifted transformation (`nn.scan`, `nn.remat`, ...): its arrays are
+        those of another trace, which `run` cannot return, and its variables may be one of several.
     """
 
     path: str
     module: nn.Module
     inputs: tuple[int, ...]
     output: int
+    ndim: int
+    lifted: bool
 
 
 def record_calls(model: nn.Module, variables: Mapping, example: jax.Array) -> list[ModuleCall]:
@@ -130,10 +135,11 @@ def record_calls(model: nn.Module, variables: Mapping, example: jax.Array) -> li
       variables: its variables, real or abstract.
       example: input [batch, ...].
     """
-    calls, alive = [], []
+    calls, alive, roots = [], [], []
 
     def intercept(next_call, args, kwargs, context):
-        path = context.module.path
+        path, root = context.module.path, context.module.scope.root
+        roots.append(root)
         if context.method_name != "__call__" or not path or is_stood_in_for(context.module, args):
             return next_call(*args, **kwargs)
         place = len(calls)
@@ -143,7 +149,12 @@ def record_calls(model: nn.Module, variables: Mapping, example: jax.Array) -> li
         output = value_of(first_of(result))
         alive.extend([*inputs, output])  # What is freed may lend its identity to another array.
         calls[place] = ModuleCall(
-            path="/".join(path), module=context.module, inputs=tuple(map(id, inputs)), output=id(output)
+            path="/".join(path),
+            module=context.module,
+            inputs=tuple(map(id, inputs)),
+            output=id(output),
+            ndim=np.ndim(output),
+            lifted=root is not roots[0],
         )
         return result
 

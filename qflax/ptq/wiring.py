@@ -9,7 +9,7 @@ import jax
 from qflax.layers import Activation, AveragePool, Conv, Dense, MaxPool, Quantize
 from qflax.ptq.taps import ModuleCall, record_calls
 
-# What a float network passes channel by channel.
+# What a float network passes channel by channel, which are its last axis.
 _PASSING = (nn.BatchNorm, Activation, AveragePool, MaxPool, Quantize)
 
 
@@ -46,8 +46,8 @@ class Wiring:
 
     Attributes:
       modules: path -> module, in the order in which they are called first.
-      chains: of all layers with a kernel, in the order of the network; those called several times have
-        none, and other modules called several times end one.
+      chains: of every `Conv` and `Dense`, in the order of the network; those called several times, or within
+        a lifted transformation, have none, and other modules called several times end one.
     """
 
     def __init__(self, model: nn.Module, variables: Mapping, example: jax.Array):
@@ -60,7 +60,7 @@ class Wiring:
         """
         self._calls = record_calls(model, variables, example)
         self.modules = {call.path: call.module for call in self._calls}
-        kernels = [call for call in self._calls if isinstance(call.module, Conv | Dense)]
+        kernels = [call for call in self._calls if isinstance(call.module, Conv | Dense) and not call.lifted]
         self.chains = tuple(self._chain(call) for call in kernels if self._once(call))
 
     def _chain(self, call: ModuleCall) -> Chain:
@@ -69,7 +69,7 @@ class Wiring:
         while True:
             consumers = self._consumers(call)
             following = consumers[0] if len(consumers) == 1 and self._once(consumers[0]) else None
-            if following is None or not isinstance(following.module, _PASSING):
+            if following is None or not _passes(following):
                 kernel = following is not None and isinstance(following.module, Conv | Dense)
                 break
             kind = next((kind for kind in found if isinstance(following.module, kind)), None)
@@ -103,3 +103,9 @@ class Wiring:
             and not other.path.startswith(own)
         ]
         return [user for user in users if not any(o.path.startswith(f"{user.path}/") for o in users)]
+
+
+def _passes(call: ModuleCall) -> bool:
+    """Whether each channel of what comes out is made of the same one of what goes in."""
+    of_channels = not isinstance(call.module, nn.BatchNorm) or call.module.axis in (-1, call.ndim - 1)
+    return isinstance(call.module, _PASSING) and of_channels

@@ -1,14 +1,21 @@
 """Chains of layers, and the parts of a reconstruction."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qflax.errors import UserError
+from qflax.linen import quantize
 from qflax.models import build_model
+from qflax.ptq.gptq import gptq
 from qflax.ptq.parts import block_parts, layer_parts
+from qflax.ptq.reconstruction import Reconstruction, reconstruct
 from qflax.ptq.wiring import Wiring
-from qflax.quantizers import Quantization, Rule, Uniform
+from qflax.quantizers import Quantization, Rule, Uniform, calibrate
 
 KEY = jax.random.key(0)
 
@@ -65,5 +72,42 @@ def test_without_kernels_to_round_there_are_no_parts(small_net, float_variables,
     policy = Quantization(activations=Uniform(bits=4))
     example = batches[0][:1]
     variables = {**small_net(policy).init(KEY, example, train=False), **float_variables}
-    with pytest.raises(UserError, match="no layer has weights on a grid"):
+    with pytest.raises(UserError, match="layer has weights on a grid"):
         block_parts(small_net(policy), small_net(), variables, example)
+
+
+class Other(nn.Module):
+    """A network of plain Flax with layers and norms that no method for channels of the last axis knows."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm(axis=1)(nn.Conv(4, (3, 3))(x)))
+        x = nn.remat(nn.Conv)(4, (3, 3), name="saved")(x)
+        x = nn.ConvTranspose(4, (2, 2))(x)
+        x = norm(axis=3)(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def test_layers_of_other_axes_and_traces_are_left_alone(batches):
+    model = quantize(Other(), weights=Uniform(bits=4), activations=Uniform(bits=8))
+    variables = calibrate(model, model.init(KEY, batches[0], train=False), batches)
+    reference = quantize(Other())
+    chains = {chain.layer: chain for chain in Wiring(reference, variables, batches[0]).chains}
+    assert {layer: chain.norm for layer, chain in chains.items()} == {
+        "Conv_0": None,
+        "Conv_1": "BatchNorm_1",
+        "Dense_0": None,
+    }
+    for parts in (layer_parts, block_parts):
+        found = parts(model, reference, variables, batches[0])
+        assert [part.kernels for part in found] == [("Conv_0",), ("Conv_1",), ("Dense_0",)]
+    told = []
+    rounded = gptq(model, variables, batches, progress=told.append)
+    assert told == ["gptq leaves alone saved, ConvTranspose_0"]
+    settings = Reconstruction(iterations=2, batch_size=4, drop=0.0)
+    reconstructed = reconstruct(model, variables, reference, variables, batches, found, settings)
+    for name, kernels in [*rounded["params"].items(), *reconstructed["params"].items()]:
+        if "kernel" in kernels:
+            same = np.array_equal(kernels["kernel"], variables["params"][name]["kernel"])
+            assert same == (name in ("saved", "ConvTranspose_0"))
