@@ -22,6 +22,7 @@ from qflax.report.table import table_row
 from qflax.training.plots import layer_widths
 
 PAGE = "index.html"
+_MARK = '<meta name="generator" content="qflax report">'  # By which a report is known.
 _DPI = 110
 _LONGEST_NAME = 100
 _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
@@ -39,7 +40,7 @@ def write_report(
 
     Args:
       workdirs: of the runs, at least one.
-      output: folder to make or to write anew; what is in it must be a report.
+      output: folder to make or to write anew; what is in it must be a report of `qflax`.
       test_images: whether trained networks are run on the test images.
       data_dir: where TFDS keeps its data sets, instead of what the runs' configurations say.
       say: is told what is left out, and why.
@@ -56,7 +57,7 @@ def write_report(
         if folder not in begun:
             say(f"{folder}: left out: not a workdir, or a run is about to begin there")
     require(
-        not output.exists() or (output.is_dir() and (not any(output.iterdir()) or (output / PAGE).exists())),
+        not output.exists() or (output.is_dir() and (not any(output.iterdir()) or _MARK in _earlier(output))),
         f"{output}: holds something that is no report; choose another --output",
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -67,20 +68,22 @@ def write_report(
     networks = [page.network(title, own) for title, own in _by_network(groups).items()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(networks=networks, runs=details, number=len(runs))
+    text = template.render(networks=networks, runs=details, number=len(runs), mark=_MARK)
     write_atomically(output / PAGE, text.encode("utf-8", "backslashreplace"))
     return output / PAGE
 
 
+def _earlier(output: pathlib.Path) -> str:
+    """The page that is there, or nothing."""
+    page = output / PAGE
+    return page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+
+
 def _clear(output: pathlib.Path) -> None:
     """Takes out the plots that an earlier page names, and leaves a page by which the folder is known."""
-    page = output / PAGE
-    named = (
-        re.findall(r"Also in ([\w.+-]+\.png)\.", page.read_text(errors="replace")) if page.exists() else []
-    )
-    for name in named:
+    for name in re.findall(r"Also in ([\w.+-]+\.png)\.", _earlier(output)):
         (output / name).unlink(missing_ok=True)
-    write_atomically(page, "It is being made.\n")
+    write_atomically(output / PAGE, f"{_MARK}It is being made.\n")
 
 
 def _by_network(groups: Sequence[Group]) -> dict[str, list[Group]]:

@@ -70,6 +70,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
         with interruption.at_once():
             if is_first():
                 config_lib.check_unchanged(config, workdir)
+                if not (workdir / config_lib.FILE).exists():
+                    workdir_lib.require_unused(workdir)
             if from_first(np.bool_((workdir / workdir_lib.RESULT_FILE).exists())):
                 return _trained(workdir) if is_first() else {}
             trainer = Trainer(config, workdir, interruption)

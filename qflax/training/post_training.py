@@ -57,7 +57,7 @@ def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
       UserError: bad input, naming the field.
     """
     workdir = pathlib.Path(workdir)
-    workdir_lib.require_unused(workdir)
+    workdir_lib.require_unused(workdir, (RECIPE_FILE, SENSITIVITY_FILE))
     run, began = Run(config), time.monotonic()
     progress = Progress(len(config.ptq.recipe), 0, 1.0)
     try:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -19,10 +19,11 @@ from qflax.layers import LayerCost
 from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
 from qflax.quantizers import ROLES
 from qflax.training import build
-from qflax.training.checkpoints import FOLDER, CheckpointWriter, open_checkpoints
+from qflax.training.checkpoints import DAMAGED_FOLDER, FOLDER, CheckpointWriter, open_checkpoints
 from qflax.training.distillation import Teacher
 from qflax.training.evaluate import Evaluator
 from qflax.training.lock import locked
+from qflax.training.logs import METRICS_FILE, TENSORBOARD_FOLDER
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.parallel import Devices
 from qflax.training.processes import from_first, is_first
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 ENVIRONMENT_FILE = "environment.json"
 TABLE_FILE = "layers.txt"
+
+# By every run; a configuration comes first, so that without one nothing else is a run's.
+_WRITTEN = (
+    *(config_lib.FILE, FOLDER, RESULT_FILE, ENVIRONMENT_FILE, TABLE_FILE),
+    *(METRICS_FILE, TENSORBOARD_FOLDER, DAMAGED_FOLDER),
+)
 
 
 def load_workdir(
@@ -145,7 +152,7 @@ def save_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, state: 
     """Makes a workdir as of a run at step 0.
 
     Raises:
-      UserError: there is a run in it.
+      UserError: there is a run in it, or what one would replace.
     """
     with locked(workdir):
         require_unused(workdir)
@@ -156,9 +163,9 @@ def save_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, state: 
         checkpoints.close()
 
 
-def require_unused(workdir: pathlib.Path) -> None:
-    """Raises `UserError` if there is a run in the workdir."""
-    made = [name for name in (config_lib.FILE, FOLDER, RESULT_FILE) if (workdir / name).exists()]
+def require_unused(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:
+    """Raises `UserError` if there is a run in the workdir, or what one would replace, or `others`."""
+    made = [name for name in (*_WRITTEN, *others) if (workdir / name).exists()]
     require(not made, f"{workdir}: there is a {made[0]} already; choose another --workdir" if made else "")
 
 

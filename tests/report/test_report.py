@@ -394,6 +394,11 @@ def test_a_folder_that_is_no_report_stays(workdirs, tmp_path):
     with pytest.raises(UserError, match="not a workdir"):
         write_report([tmp_path], tmp_path / "report")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    page = tmp_path / "index.html"
+    page.write_text("<title>Mine</title> Also in mine.png.")
+    with pytest.raises(UserError, match="holds something that is no report"):
+        write_report(workdirs[:1], tmp_path)
+    assert "Mine" in page.read_text() and (tmp_path / "mine").read_text() == "1"
 
 
 def test_command_names_the_extra(workdirs, tmp_path, monkeypatch, capsys):

@@ -122,6 +122,14 @@ def test_another_configuration_is_refused_and_named(finished):
         train(config, workdir)
 
 
+@pytest.mark.parametrize("name", ["layers.txt", "metrics.jsonl", "result.json"])
+def test_files_of_the_user_are_not_replaced(tiny_config, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"there is a {name} already; choose another --workdir"):
+        train(tiny_config, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_starting_from_another_run_takes_its_averaged_weights(finished, tmp_path):
     config, whole, _ = finished
     config.init_from = str(whole)

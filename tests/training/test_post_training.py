@@ -61,6 +61,14 @@ def test_nothing_that_is_there_is_overwritten(quantized):
         train(config, workdir)
 
 
+@pytest.mark.parametrize("name", ["recipe.txt", "sensitivity.txt", "layers.txt", "metrics.jsonl"])
+def test_files_of_the_user_are_not_replaced(make_tiny_config, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"there is a {name} already; choose another --workdir"):
+        quantize(make_tiny_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
 def test_fine_tuning_goes_on_from_the_learned_rounding_and_ranges(quantized, tmp_path):
     config, workdir, result = quantized
     tuning = config.copy_and_resolve_references()
