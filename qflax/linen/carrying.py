@@ -7,6 +7,7 @@ tracers of one's own: this module alone knows how they are made.
 """
 
 import contextlib
+import dataclasses
 import inspect
 import os
 import typing
@@ -66,9 +67,37 @@ class Carried(core.Tracer):
         """See `jax.core.Tracer`."""
         return self
 
-    def of(self, payload: jax.Array | QuantizedArray) -> "Carried":
-        """Another array in its place."""
-        return Carried(self._trace, payload, self.nonnegative)
+    def of(self, payload: jax.Array | QuantizedArray, trace: "Trace | None" = None) -> "Carried":
+        """Another array in its place, or the same in another trace."""
+        return Carried(trace or self._trace, payload, self.nonnegative)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaving:
+    """A result of a function that is transformed: what stands there for an array, with all that is known.
+
+    JAX takes it apart, and puts it together outside; there it is `Carried` at once.
+    """
+
+    payload: jax.Array | QuantizedArray
+    nonnegative: bool
+
+
+def _arrived(nonnegative: bool, children: Sequence) -> typing.Any:
+    payload = jax.tree.map(value_of, children[0])
+    with core.take_current_trace() as current:
+        trace = current
+    if not isinstance(value_of(payload), jax.Array):  # JAX tries trees of other things, too.
+        return Leaving(payload, nonnegative)
+    return Carried(trace, payload, nonnegative) if isinstance(trace, Trace) else value_of(payload)
+
+
+jax.tree_util.register_pytree_node(Leaving, lambda x: ((x.payload,), x.nonnegative), _arrived)
+
+
+def leaving(tree: typing.Any) -> typing.Any:
+    """Results of a function that is transformed, with all that is known of them."""
+    return jax.tree.map(lambda x: Leaving(x.payload, x.nonnegative) if isinstance(x, Carried) else x, tree)
 
 
 class Places(typing.Protocol):
@@ -107,31 +136,62 @@ class Trace(core.Trace):
         self._casts = {}  # Id of a cast constant: what it became, what it was.
 
     def carried(self, x: typing.Any) -> typing.Any:
-        """Has the arrays and quantized arrays in a tree carried; not within a transformation's own trace that
-        the model's code has begun.
-        """
-        with core.take_current_trace() as current:
-            return self._carried(x) if current is self else x
+        """Has the arrays and quantized arrays in a tree carried."""
+        return jax.tree.map(self._carried, x, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
     def _carried(self, x: typing.Any, nonnegative: bool = False) -> typing.Any:
-        is_leaf = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
-        floats = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)  # noqa: E731
+        if isinstance(x, Carried):
+            return x if x._trace is self else Carried(self, x.payload, x.nonnegative)
+        if isinstance(x, QuantizedArray):
+            return Carried(self, x, nonnegative)
+        is_floats = isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
+        return Carried(self, self._array(x), nonnegative) if is_floats else x
 
-        def wrap(x):
-            array = isinstance(x, QuantizedArray) or (isinstance(x, jax.Array | np.ndarray) and floats(x))
-            return Carried(self, x, nonnegative) if array and not isinstance(x, Carried) else x
+    def _array(self, x: jax.Array | np.ndarray) -> jax.Array:
+        with core.set_current_trace(self._parent):
+            return jnp.asarray(x)
 
-        return jax.tree.map(wrap, x, is_leaf=is_leaf)
+    def carried_as(self, x: typing.Any, outside: typing.Any) -> typing.Any:
+        """Has the arrays in a tree carried as those outside of a transformation that they come from."""
+
+        def carried(x, other):
+            if not isinstance(other, Carried):
+                return self._carried(x)
+            grid = other.payload
+            return other.of(grid.replace(value=x) if isinstance(grid, QuantizedArray) else x, self)
+
+        leaves, tree = jax.tree.flatten(x)
+        others = jax.tree.leaves(outside)  # Modules among them are leaves only in one of the two.
+        return tree.unflatten(map(carried, leaves, others)) if len(others) == len(leaves) else self.carried(x)
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
-        """Within this, operations are made as if there were no such trace; in a transformation's own trace
-        that the model's code has begun, nothing changes.
-        """
+        """Within this, operations are made as if there were no such trace."""
+        with core.set_current_trace(self._parent):
+            yield
+
+    def is_left(self) -> bool:
+        """Whether operations are made in the trace of a transformation that the model's code has begun."""
         with core.take_current_trace() as current:
-            own = current is self
-            with core.set_current_trace(self._parent if own else current):
-                yield
+            return current is not self
+
+    def has_begun_current(self) -> bool:
+        """Whether no other transformation lies between the current trace and this one."""
+        with core.take_current_trace() as current:
+            return getattr(current, "parent_trace", None) is self
+
+    @contextlib.contextmanager
+    def nested(self) -> Iterator["Trace"]:
+        """Within this, operations in the trace of a transformation carry grids, too, for the same places."""
+        with core.take_current_trace() as current:
+            trace = Trace(current)
+            trace.places = self.places
+            self._inside += 1  # Of `vmap` it sees the same operations, of whole batches.
+            try:
+                with core.set_current_trace(trace):
+                    yield trace
+            finally:
+                self._inside -= 1
 
     def stage_value(self, val):
         """See `jax.core.Trace`."""
@@ -171,7 +231,10 @@ class Trace(core.Trace):
         with core.set_current_trace(self._parent):
             kept = _kept(name, primitive, operands, params)
             result = call(*(value_of(x) for x in tracers)) if kept is None else kept
-        return self._carried(result, _nonnegative(name, operands, params))
+        nonnegative = _nonnegative(name, operands, params)
+        if not primitive.multiple_results:
+            return self._carried(result, nonnegative)
+        return [self._carried(x, nonnegative) for x in result]
 
     def _not_carried(self, name: str, call: Callable, operands: Sequence):
         """What `call` makes of operands that do not depend on the model's input."""
@@ -195,8 +258,7 @@ class Trace(core.Trace):
         is_array = isinstance(x, np.ndarray | np.generic) and not isinstance(x, float)
         if not is_array or (x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)):
             return x
-        with core.set_current_trace(self._parent):
-            return jnp.asarray(x)
+        return self._array(x)
 
     def _at_place(self, name: str, call: Callable, tracers: Sequence):
         """The result where this is an activation function or an addition of two arrays; else None."""
@@ -224,14 +286,14 @@ class Trace(core.Trace):
         with core.set_current_trace(self._parent):
             result = self._at_place(name, lambda *values: call(*values)[0], tracers)
             results = call(*(value_of(x) for x in tracers)) if result is None else [result]
-        return self._carried(list(results), name in NONNEGATIVE_FUNCTIONS)
+        return [self._carried(x, name in NONNEGATIVE_FUNCTIONS) for x in results]
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, **options):
         """See `jax.core.Trace`."""
         with core.set_current_trace(self._parent):
             values = [value_of(x) for x in tracers]
             results = self._parent.process_custom_vjp_call(primitive, fun, fwd, bwd, values, **options)
-        return self._carried(list(results)) if any(isinstance(x, Carried) for x in tracers) else results
+        return self.carried(results) if any(isinstance(x, Carried) for x in tracers) else results
 
 
 def _known(x: typing.Any) -> bool:

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 from qflax.errors import UserError, require
 from qflax.layers import Activation, Quantize
 from qflax.linen import description
-from qflax.linen.carrying import NONNEGATIVE_FUNCTIONS, Carried, Trace, carrying
+from qflax.linen.carrying import NONNEGATIVE_FUNCTIONS, Carried, Trace, carrying, leaving
+from qflax.linen.lifting import Unlike, arguments_outside
 from qflax.linen.replacement import NORMS, computes_as, norm_of, product_of
 from qflax.numerics import product
 from qflax.quantizers import (
@@ -25,10 +26,12 @@ from qflax.quantizers import (
     PARAMETERS,
     ROLES,
     STATISTICS,
+    MixedPrecision,
     Quantization,
     QuantizedArray,
     Rule,
     Spec,
+    Uniform,
     payload_of,
     quantization_from_config,
     value_of,
@@ -147,6 +150,7 @@ class Quantized(nn.Module):
         model = self.held.model.clone(parent=self.scope, name="qflax.model", _deep_clone=True)
         of_norms = {"axis_name": self.axis_name, "momentum": self.batch_norm_momentum}
         of_norms = {name: value for name, value in of_norms.items() if value is not None}
+        self.scope.flags = {**self.scope.flags, "qflax": Unlike()}
         places = functools.partial(_Places, self.quantization, of_norms)
         with carrying(places) as (trace, places), nn.intercept_methods(places.intercept):
             try:
@@ -156,11 +160,16 @@ class Quantized(nn.Module):
                 raise _told_of(error, {} if self.is_initializing() else self.variables) from None
         if not description.tell(places.found) and self.is_initializing():
             description.check(self.quantization, places.found)
-        for collection, variables in self.variables.items():
-            if self.is_mutable_collection(collection):  # The model may have stored what it computed.
-                for name, value in variables.items():
-                    self.put_variable(collection, name, _plain(value))
+        _make_variables_plain(self.scope)
         return _plain(result)
+
+
+def _make_variables_plain(scope: Scope) -> None:
+    """Modules may have stored what they computed."""
+    for collection, variables in scope.variables().items():
+        if scope.is_mutable_collection(collection):
+            for name, value in variables.items():
+                scope.put_variable(collection, name, _plain(value))
 
 
 def _plain(tree: typing.Any) -> typing.Any:
@@ -204,6 +213,12 @@ def _drop_out(module: nn.Dropout, call: Callable, inputs: jax.Array, *args, **kw
     return x.replace(value=product(unscaled, jax.lax.stop_gradient(scale)), unscaled=unscaled, scale=scale)
 
 
+def _with_sign(spec: Spec | None, signed: bool) -> Spec | None:
+    """What a place makes of a spec that leaves the sign open; a zero point covers it."""
+    takes_sign = isinstance(spec, Uniform | MixedPrecision) and getattr(spec, "symmetric", True)
+    return dataclasses.replace(spec, signed=signed) if takes_sign and spec.signed is None else spec
+
+
 class _Places:
     """What is done at each place of a model during one call of it.
 
@@ -215,6 +230,7 @@ class _Places:
         self.found = []
         self._quantization, self._of_norms, self._trace = quantization, of_norms, trace
         self._modules, self._made, self._inside = [], {}, False
+        self._roots = {}  # Identity -> scope that has no parent, of modules that the present trace calls.
         self._signed = {}  # Path of a layer -> whether its first input is; it has one quantizer for all.
 
     def intercept(self, next_call, args, kwargs, context):
@@ -222,6 +238,9 @@ class _Places:
         module = context.module
         if self._inside or module.scope is None:
             return next_call(*args, **kwargs)
+        if self._trace.is_left():
+            return self._in_transformation(next_call, args, kwargs, context)
+        self._roots[id(module.scope.root)] = module.scope.root
         if context.method_name == "__call__":
             # Modules may share a scope.
             key = f"layer {type(module).__name__}"
@@ -237,6 +256,21 @@ class _Places:
             return next_call(*args, **kwargs)
         finally:
             self._modules.pop()
+
+    def _in_transformation(self, next_call, args, kwargs, context):
+        """A method that a transformation calls, which the model's code has begun."""
+        trace, roots = self._trace, self._roots
+        given = arguments_outside() if trace.has_begun_current() else None
+        with trace.nested() as self._trace:
+            self._roots = {}
+            try:
+                args, kwargs = self._trace.carried_as((args, kwargs), given)
+                result = self.intercept(next_call, args, kwargs, context)
+                for scope in self._roots.values():
+                    _make_variables_plain(scope)
+            finally:
+                self._trace, self._roots = trace, roots
+        return _plain(result) if given is None else leaving(result)
 
     def _once(self, scope: Scope, name: str, make: Callable) -> typing.Any:
         """What was made in a scope when it came first: a module that is called again is the same one.
@@ -259,10 +293,12 @@ class _Places:
         return self._trace.carried(result)
 
     def _find(
-        self, path: Sequence[str], what: str, roles: Sequence[str], *, by_default=True, note=""
+        self, path: Sequence[str], what: str, roles: Sequence[str], *, signed=True, by_default=True, note=""
     ) -> None:
         path, default = "/".join(path), by_default and not note
         specs = {role: self._quantization.spec(role, path, by_default=default) for role in roles}
+        if "activations" in specs:
+            specs["activations"] = _with_sign(specs["activations"], signed)
         if all(spec is None for spec in specs.values()):
             note = note or ("float, by default or by a rule" if by_default else "no rule is for it")
         self.found.append(description.Place(path=path, what=what, specs=specs, note=note))
@@ -271,13 +307,12 @@ class _Places:
         if einsum_str is not None:  # What Flax's Einsum may be given at the call.
             layer = layer.clone(einsum_str=einsum_str, parent=layer.scope)
         path, on_grid = layer.scope.path, _on_grid(inputs)
-        self._find(
-            (*path, "input"), "input", ["activations"], note="lies on a grid already" if on_grid else ""
-        )
-        roles = ["weights", "outputs", *(["biases"] if layer.use_bias else [])]
-        self._find(path, type(layer).__name__, roles)
         signed = not getattr(inputs, "nonnegative", False)
         first = self._signed.setdefault(path, signed)
+        note = "lies on a grid already" if on_grid else ""
+        self._find((*path, "input"), "input", ["activations"], signed=first, note=note)
+        roles = ["weights", "outputs", *(["biases"] if layer.use_bias else [])]
+        self._find(path, type(layer).__name__, roles)
         spec = self._quantization.spec("activations", f"{'/'.join(path)}/input")
         require(
             first >= signed or on_grid or spec is None or spec.signed is not None,
@@ -324,24 +359,23 @@ class _Places:
         def make(scope):
             return Activation(function, self._quantization, signed=signed, by_default=False, parent=scope)
 
-        return self._at(name, make, value_of(x))
+        return self._at(name, signed, make, value_of(x))
 
     def addition(self, call: Callable, operands: Sequence[Carried]) -> jax.Array | QuantizedArray | None:
         """See `carrying.Places`."""
         signed = not all(x.nonnegative for x in operands)
         total = call(*map(value_of, operands))
-        return self._at(
-            "add", lambda scope: Quantize(signed, quantization=self._quantization, parent=scope), total
-        )
+        make = lambda scope: Quantize(signed, quantization=self._quantization, parent=scope)  # noqa: E731
+        return self._at("add", signed, make, total)
 
-    def _at(self, name: str, make: Callable, x: jax.Array) -> jax.Array | QuantizedArray | None:
+    def _at(self, name: str, signed: bool, make: Callable, x: jax.Array) -> jax.Array | QuantizedArray | None:
         """What a place of the module that is being called makes of an array."""
         if self._inside or not self._modules:
             return None
         scope, counts = self._modules[-1]
         place = scope.push(f"{name}_{counts[name]}", reuse=True)
         counts[name] += 1
-        self._find(place.path, name, ["activations"], by_default=False)
+        self._find(place.path, name, ["activations"], signed=signed, by_default=False)
         self._inside = True
         try:
             return make(place)(x)

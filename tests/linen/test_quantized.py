@@ -1,5 +1,7 @@
 """Any Linen module is quantized by rules on its paths, whatever its code does."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -281,31 +283,72 @@ def test_equation_at_the_call_and_kernels_of_batch_axes():
     assert alone.what == "parameters" and "kernel" in alone.note
 
 
-@pytest.mark.parametrize("transformed", [nn.remat, nn.jit], ids=["remat", "jit"])
-def test_lifted_modules(transformed):
-    class Inner(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.relu(nn.Dense(8)(x))
+class Residual(nn.Module):
+    """Has places of all sorts, and gets and returns what cannot be negative."""
 
-    class Outer(nn.Module):
-        inner: type
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
+        self.sow("intermediates", "seen", y)
+        return nn.relu(nn.Dense(8)(y) + x)
 
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(3)(self.inner(name="inner")(x))
 
-    x = jax.random.normal(jax.random.key(0), (4, 8))
-    logits, params = [], None
-    for inner in (Inner, transformed(Inner)):
-        model = quantize(Outer(inner), weights=W4, activations=dict(kind="uniform", bits=8, signed=True))
-        variables = ready(model, x)
-        params = params or variables["params"]
-        variables = calibrate(model, {**variables, "params": params}, [x])
-        logits.append(model.apply(variables, x))
-        gradient = jax.grad(lambda v, model=model: jnp.sum(model.apply(v, x) ** 2), allow_int=True)(variables)
-        assert np.abs(gradient["params"]["inner"]["Dense_0"]["kernel"]).max() > 0
-    np.testing.assert_allclose(*logits, rtol=1e-5)
+class OfBlocks(nn.Module):
+    block: type
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(8)(x))
+        for i in range(2):
+            x = self.block(name=f"block{i}")(x, train)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("lifted", [nn.remat, nn.jit], ids=["remat", "jit"])
+@pytest.mark.parametrize(
+    "rules", [[], ["*relu_*"], ["*relu_*", "*add_0"]], ids=["layers", "functions", "all"]
+)
+def test_lifted_modules_are_quantized_as_others(lifted, rules):
+    """Signs and grids are known inside, and behind them."""
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    blocks = Residual, lifted(Residual, static_argnums=2)
+    assert blocks[1].__call__ is not Residual.__call__
+    fields = dict(weights=W4, activations=Uniform(bits=4, scale="lsq"))
+    rules = [dict(layers=layers, activations={}) for layers in rules]
+    ours, theirs = (quantize(OfBlocks(block), **fields, rules=rules) for block in blocks)
+    assert str(describe(theirs, x)) == str(describe(ours, x))
+    variables = calibrate(ours, ours.init(jax.random.key(0), x), [x])
+    assert jax.tree.structure(
+        calibrate(theirs, theirs.init(jax.random.key(0), x), [x])
+    ) == jax.tree.structure(variables)
+
+    learned = {name: variables.pop(name) for name in ("params", "quantizer_params")}
+
+    def loss(learned, model, **call):
+        y = model.apply({**variables, **learned}, x, **call)
+        return jnp.sum((y[0] if call else y) ** 2), y
+
+    training = dict(train=True, mutable=["batch_stats", "quantizer_stats", "intermediates"])
+    for call in ({}, training):
+        of_loss = jax.value_and_grad(functools.partial(loss, **call), has_aux=True)
+        results = [of_loss(learned, model) for model in (ours, theirs)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    variables.update(learned)
+    kept = jax.eval_shape(
+        lambda v: theirs.apply(v, x, mutable=["intermediates"], capture_intermediates=True), variables
+    )
+    assert "seen" in kept[1]["intermediates"]["block0"]
+
+
+def test_a_function_that_was_compiled_for_another_model():
+    """Flax's nn.jit would take the program of a module that differs in its quantizers only."""
+    block = nn.jit(Residual, static_argnums=2)
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    OfBlocks(block).init(jax.random.key(0), x)
+    for rules in ([], [dict(layers="block1/Dense_0", weights=dict(bits=2))]):
+        model = quantize(OfBlocks(block), weights=W4, rules=rules)
+        costs = {cost.path: cost for cost in layer_costs(model, model.init(jax.random.key(0), x), x)}
+        assert [costs[f"block{i}/Dense_0"].weight_bits for i in range(2)] == [4, 2 if rules else 4]
 
 
 class Repeated(nn.Module):
@@ -318,7 +361,7 @@ class Repeated(nn.Module):
         class Block(nn.Module):
             @nn.compact
             def __call__(self, x, _):
-                return nn.relu(nn.Dense(8)(x)) + x, None
+                return nn.Dense(8)(nn.relu(nn.Dense(8)(x))) + x, None
 
         lifted = dict(variable_axes=self.axes, split_rngs={"params": True})
         x, _ = nn.scan(Block, length=3, **lifted)(name="blocks")(x, None)
@@ -334,8 +377,17 @@ def test_repeated_layers():
     plain = Repeated({True: 0}).apply({"params": variables["params"]}, x)
     difference = model.apply(variables, x) - plain
     assert 0 < np.abs(difference).max() < 0.05 * np.abs(plain).max()
-    described = [place.path for place in describe(model, x).places]
-    assert described == ["input", "blocks/Dense_0/input", "blocks/Dense_0", "heads/input", "heads"]
+    model = quantize(Repeated({True: 0}), activations=A8)
+    signs = {
+        place.path: place.specs["activations"].signed
+        for place in describe(model, x).places
+        if place.what == "input"
+    }
+    assert signs == {"blocks/Dense_0/input": False, "blocks/Dense_1/input": True, "heads/input": True}
+    rules = [dict(layers="blocks/relu_0", activations={}), dict(layers="blocks/add_0", activations={})]
+    model = quantize(Repeated({True: 0}), weights=specs[0], activations=specs[0], rules=rules)
+    difference = model.apply(ready(model, x), x) - plain
+    assert 0 < np.abs(difference).max() < 0.05 * np.abs(plain).max()
 
 
 def test_a_repetition_that_keeps_no_quantizers_is_told():
