@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ _METRIC = "validation_accuracy"
 # Of several processes the first one reads and writes, without a word to the others.
 _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 _DIGESTS_FILE = "digests.json"
+# Of a checkpoint that is written again: the first one of its step, until the second one is complete.
+_REPLACED = ".replaced"
 # Orbax writes these after the digests; what a state is does not depend on them.
 _NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt", _DIGESTS_FILE)
 
@@ -51,8 +54,10 @@ class Checkpoints:
         """Takes those that are complete; writes nothing."""
         self._workdir = workdir.absolute()
         self.folder = self._workdir / FOLDER
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        self.steps = sorted(int(name) for name in names if name.isdigit())
+        found = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        self._folders = {int(path.stem): path for path in found if _is_replaced(path)}
+        self._folders |= {int(path.name): path for path in found if path.name.isdigit()}
+        self.steps = sorted(self._folders)
 
     def best_step(self) -> int | None:
         """Step of the checkpoint with the best validation accuracy, or None where none was measured.
@@ -68,11 +73,11 @@ class Checkpoints:
         """Folder of the latest checkpoint that is not damaged, or None."""
         sound = (step for step in reversed(self.steps) if self.damage(step) is None)
         step = next(sound, None)
-        return None if step is None else self.folder / str(step)
+        return None if step is None else self._folders[step]
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, or None."""
-        folder = self.folder / str(step)
+        folder = self._folders[step]
         try:
             digests = json.loads((folder / _DIGESTS_FILE).read_text())
             found = _digests(folder)
@@ -98,7 +103,7 @@ class Checkpoints:
         items = self._read(step, state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
         # Orbax takes an array of another shape without a word.
         expected, found = (jax.tree.map(np.shape, tree) for tree in (target, items.state))
-        require(expected == found, _another_state(self.folder / str(step), "arrays of other shapes"))
+        require(expected == found, _another_state(self._folders[step], "arrays of other shapes"))
         return Restored(items.state, step, items.record)
 
     def restore_latest(self, abstract_state, say: Callable[[str], None]) -> Restored | None:
@@ -127,12 +132,12 @@ class Checkpoints:
         restored = self.restore(abstract_state, sound[-1])
         for step, what in damaged.items():
             aside = self._set_aside(step)
-            say(f"{self.folder / str(step)} is damaged ({what}); it is now {aside}")
+            say(f"{self._folders[step]} is damaged ({what}); it is now {aside}")
         self.steps = sound
         return restored
 
     def _read(self, step: int, **items):
-        folder, damage = self.folder / str(step), self.damage(step)
+        folder, damage = self._folders[step], self.damage(step)
         require(
             damage is None,
             f"{folder}: damaged ({damage}); use another one (--checkpoint=best), or run train.py on "
@@ -153,7 +158,7 @@ class Checkpoints:
         folder.mkdir(exist_ok=True)
         names = (str(step), *(f"{step}.{i}" for i in range(1, 1000)))
         aside = next(folder / name for name in names if not (folder / name).exists())
-        return (self.folder / str(step)).rename(aside)
+        return self._folders[step].rename(aside)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -189,12 +194,13 @@ class CheckpointWriter:
             multiprocessing_options=_ALONE,
         )
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._drop_replaced()
         self._manager = _Manager(self._folder, options=options, item_names=("state", "record", "metrics"))
 
     def save(
         self, state, step: int, validation: Mapping[str, float] | None = None, record: Mapping | None = None
     ) -> None:
-        """Starts to write the state, in place of a checkpoint of that step.
+        """Starts to write the state, in place of a checkpoint of that step, which stays until it is written.
 
         Args:
           state: tree of arrays.
@@ -214,7 +220,9 @@ class CheckpointWriter:
         with self._telling():
             self._writing = step
             if step in self._manager.all_steps():
-                self._manager.delete(step)
+                first = self._folder / str(step)
+                first.rename(first.with_name(f"{step}{_REPLACED}"))
+                self._manager.reload()
             self._manager.save(step, args=items, metrics=metrics)
 
     def wait(self) -> None:
@@ -225,11 +233,19 @@ class CheckpointWriter:
         """
         with self._telling():
             self._manager.wait_until_finished()
+        self._drop_replaced()
 
     def close(self) -> None:
         """Waits likewise, and ends."""
         with self._telling():
             self._manager.close()
+        self._drop_replaced()
+
+    def _drop_replaced(self) -> None:
+        """Removes the first checkpoints of steps that have a second one."""
+        for path in self._folder.iterdir():
+            if _is_replaced(path) and (self._folder / path.stem).exists():
+                shutil.rmtree(path)
 
     def _digest(self) -> None:
         """Writes the digests of the files of the checkpoint that is about to become complete."""
@@ -262,6 +278,10 @@ def open_checkpoints(workdir: pathlib.Path) -> Checkpoints:
     checkpoints = Checkpoints(workdir)
     require(bool(checkpoints.steps), f"{workdir / FOLDER}: holds no complete checkpoint; train there first")
     return checkpoints
+
+
+def _is_replaced(path: pathlib.Path) -> bool:
+    return path.suffix == _REPLACED and path.stem.isdigit()
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

@@ -71,6 +71,27 @@ def test_a_step_is_saved_again_in_place_of_the_first(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps == [1, 2] and checkpoints.best_step() == 2
     np.testing.assert_array_equal(checkpoints.restore(state(0), 2).state["a"], 9)
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"1", "2"}
+
+
+def test_the_first_one_of_a_step_stays_until_the_second_is_written(tmp_path, monkeypatch):
+    def stop(folder):
+        raise OSError(f"{folder}: stopped")
+
+    saved(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("qflax.training.checkpoints._digests", stop)
+        writer = CheckpointWriter(tmp_path)
+        writer.save(state(9), 2, {"accuracy": 0.5})
+        with pytest.raises(UserError, match="checkpoints/2: could not be written"):
+            writer.wait()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps == [2] and checkpoints.latest_sound() is not None
+    restored = checkpoints.restore_latest(state(0), pytest.fail)
+    np.testing.assert_array_equal(restored.state["a"], 2)
+    assert restored.step == 2 and restored.record["logged_step"] == 2
+    checkpoints = saved(tmp_path, 2)
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"2"}
 
 
 @pytest.mark.parametrize("other", [{"a": np.zeros((2, 4), np.float32)}, {"b": np.int32(0)}])
