@@ -59,9 +59,9 @@ def build_own_model(
         not isinstance(network, Quantized),
         f"{field}: makes a quantized model; the configuration quantizes it: make the plain one",
     )
-    _require_argument(
-        f"{field}: __call__ of {type(network).__name__}", type(network).__call__, "train", "train=False"
-    )
+    what, call = f"{field}: __call__ of {type(network).__name__}", type(network).__call__
+    _require_argument(what, call, "train", "train=False")
+    _require_bound(what, call, network, "images", train=False)
     try:
         hash(network)
     except TypeError:
@@ -98,8 +98,10 @@ def _find(field: str, module: str, attribute: str) -> Callable:
 def _call(field: str, make: Callable, num_classes: int, dtype: jnp.dtype) -> object:
     _require_argument(field, make, "num_classes", "num_classes, the number of outputs")
     if dtype == jnp.float32:
+        _require_bound(field, make, num_classes=num_classes)
         return make(num_classes=num_classes)
     _require_argument(field, make, "dtype", "dtype, or train it with config.dtype='float32'")
+    _require_bound(field, make, num_classes=num_classes, dtype=dtype)
     return make(num_classes=num_classes, dtype=dtype)
 
 
@@ -107,3 +109,11 @@ def _require_argument(what: str, function: Callable, name: str, remedy: str) -> 
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     require(name in parameters or takes_all, f"{what}: has no argument {name!r}; give it {remedy}")
+
+
+def _require_bound(what: str, function: Callable, *args, **kwargs) -> None:
+    """Raises `UserError` where a function needs other arguments than these."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UserError(f"{what}: {error}; give it a default") from None

@@ -91,6 +91,19 @@ class Narrow(nn.Module):
         return nn.Dense(self.num_classes)(images.mean((1, 2)))
 
 
+class Wide(nn.Module):
+    num_classes: int
+    width: int
+
+
+class Masked(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, mask, train=False):
+        return nn.Dense(self.num_classes)((images * mask).mean((1, 2)))
+
+
 def nothing(num_classes):
     return num_classes
 
@@ -237,6 +250,8 @@ def test_dropout_draws_anew_on_every_device_and_in_every_step(make_tiny_config):
         ("own_networks:Untrained", "has no argument 'train'; give it train=False"),
         ("own_networks:nothing", "makes a int; must make a flax.linen.Module"),
         ("own_networks:ten", "has no argument 'num_classes'"),
+        ("own_networks:Wide", "Wide': missing a required argument: 'width'; give it a default"),
+        ("own_networks:Masked", "__call__ of Masked: missing a required argument: 'mask'; give it a default"),
         (
             "own_networks:Features",
             r"makes \[2, 3\] and \[2, 32, 32, 3\] of images .* make logits \[2, 10\]",
