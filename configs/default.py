@@ -183,6 +183,9 @@ def get_config() -> ml_collections.ConfigDict:
     # in any case.
     config.freeze_widths_after = 0.5
     config.accumulator_strength = 1e-3  # Of A2Q's penalty on norms that the accumulator does not allow.
+    # Oscillating weights: strength * squared distance of all weights from their grids is added to the loss;
+    # it grows from 0 by a cosine. 0 is off.
+    config.oscillation_damping = 0.0
 
     # The run.
     config.seed = 0

@@ -177,6 +177,7 @@ FIELDS = {
     "size_ramp": _fractions,
     "freeze_widths_after": _FRACTION,
     "accumulator_strength": _NOT_NEGATIVE,
+    "oscillation_damping": _NOT_NEGATIVE,
     "seed": _number(0, 2**32 - 1, integer=True),
     "num_devices": _number(0, most=1024, integer=True),
     "steps_per_dispatch": _COUNT_OR_ZERO,
@@ -188,7 +189,7 @@ FIELDS = {
 }
 
 # Fields that older workdirs lack -> what stood for them there.
-_LATER = {"allocate_widths": False}
+_LATER = {"allocate_widths": False, "oscillation_damping": 0.0}
 
 
 def validate(config: Mapping) -> None:

@@ -6,6 +6,7 @@ from qflax.quantizers.calibration import CALIBRATIONS, apply_without_dropout, ca
 from qflax.quantizers.collections import (
     CALIBRATION,
     CONSTRAINTS,
+    DEVIATIONS,
     PARAMETERS,
     PENALTIES,
     PROJECTED,
@@ -31,6 +32,7 @@ __all__ = [
     "CALIBRATION",
     "CALIBRATIONS",
     "CONSTRAINTS",
+    "DEVIATIONS",
     "FLOAT",
     "KINDS",
     "PARAMETERS",

@@ -7,7 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qflax.quantizers.collections import CALIBRATION, CONSTRAINTS, GIVEN, OBSERVED, PARAMETERS, STATISTICS
+from qflax.quantizers.collections import (
+    CALIBRATION,
+    CONSTRAINTS,
+    DEVIATIONS,
+    GIVEN,
+    OBSERVED,
+    PARAMETERS,
+    STATISTICS,
+)
 from qflax.quantizers.observers import Observed
 from qflax.quantizers.statistics import SMALLEST_RANGE, Statistic
 
@@ -67,6 +75,16 @@ class Quantizer(nn.Module):
     def _constrain(self, constraint: typing.Any) -> None:
         """Declares what this quantizer's parameters must satisfy."""
         self._report(CONSTRAINTS, "constraint", constraint)
+
+    def _report_deviation(self, x: jax.Array, value: jax.Array, x_max: jax.Array) -> None:
+        """Reports how far weights are from their grid, as a penalty that damps their oscillation between
+        its points (Nagel et al. 2022, "Overcoming Oscillations in Quantization-Aware Training", dampening):
+        it pulls each towards its own, and leaves those beyond the range alone, as well as the grid.
+        """
+        if self.weights and self.is_mutable_collection(DEVIATIONS):
+            value, x_max = jax.lax.stop_gradient((value, x_max))
+            inside = jnp.where(jnp.abs(x) <= x_max, x - value, 0.0)
+            self._report(DEVIATIONS, "weights", jnp.sum(inside**2))
 
     def _observed(self, x: jax.Array) -> tuple[jax.Array | float, jax.Array]:
         """Lower and upper end of the range that was observed so far; before anything was, 1 is the upper.

@@ -9,6 +9,7 @@ STATISTICS = "quantizer_stats"  # Observed or set: calibrated ranges, counts, fr
 # Reported by a forward pass in which they are mutable.
 CONSTRAINTS = "quantizer_constraints"  # What `PARAMETERS` must satisfy after every update.
 PENALTIES = "quantizer_penalties"  # Terms for the loss.
+DEVIATIONS = "quantizer_deviations"  # Squared distances of weights from their grids, summed.
 PROJECTED = "projected_weights"  # Kernels that accumulators allow, which layers put in the place of theirs.
 OBSERVED = "quantizer_inputs"  # What the ranges of activations are chosen from, in a calibration pass.
 

@@ -197,6 +197,7 @@ class MixedPrecisionQuantizer(Quantizer):
             return QuantizedArray(x, x / step, step, jnp.zeros(()), fmt)
         highest = jax.lax.stop_gradient(highest)
         value = quantize_to_range(x, step, x_max, signed=self._has_sign, highest=highest)
+        self._report_deviation(x, value, x_max)
         # The same once more, which compilers notice.
         given = *jax.lax.stop_gradient((x, step, x_max)), highest
         return quantized_array(value, quantize_range(*given, signed=self._has_sign), step, fmt)

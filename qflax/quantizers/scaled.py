@@ -62,6 +62,7 @@ class ScaledQuantizer(Quantizer):
         else:
             operands = (scale, zero_point)
         value = fmt.fake_quant(x, *operands, estimator=spec.estimator, key=key)
+        self._report_deviation(x, value, scale * fmt.threshold)
         # The same once more, which compilers notice.
         unscaled = fmt.unscaled(*jax.lax.stop_gradient((x, *operands)), rounding=spec.rounding, key=key)
         return quantized_array(value, unscaled, scale, fmt, zero_point, spec.symmetric)

@@ -1,4 +1,4 @@
-"""Terms of the loss beside the task: sizes beyond their targets, norms beyond accumulators."""
+"""Terms of the loss beside the task: sizes beyond targets, norms beyond accumulators, weights off grids."""
 
 import flax.struct
 import jax
@@ -16,6 +16,7 @@ class Penalties:
       freeze_step: from which learned widths freeze once all targets hold.
       last_step: at which they freeze in any case.
       accumulator_strength: weight of A2Q's penalty.
+      oscillation_damping: weight of the weights' squared distances from their grids, at the last step.
     """
 
     targets: dict[str, jax.Array]
@@ -25,6 +26,7 @@ class Penalties:
     freeze_step: jax.Array
     last_step: jax.Array
     accumulator_strength: jax.Array
+    oscillation_damping: jax.Array
 
     def of_sizes(self, sizes: dict[str, jax.Array], step: jax.Array) -> jax.Array:
         """strength * relu(size - target)^2, summed (Uhlich et al. 2020, section 3.3)."""
@@ -32,6 +34,11 @@ class Penalties:
         ramp = jnp.clip((step + 1 - self.ramp_start) / length, 0.0, 1.0)
         excesses = {name: jax.nn.relu(sizes[name] - target) for name, target in self.targets.items()}
         return ramp * sum(self.strengths[name] * excess**2 for name, excess in excesses.items())
+
+    def of_deviations(self, deviations: jax.Array, step: jax.Array) -> jax.Array:
+        """Their sum by a weight that grows from 0 by a cosine (Nagel et al. 2022, dampening)."""
+        growth = (1 - jnp.cos(jnp.pi * (step + 1) / self.last_step)) / 2
+        return self.oscillation_damping * growth * deviations
 
     def freeze(self, sizes: dict[str, jax.Array], step: jax.Array) -> jax.Array:
         """Whether widths are frozen after the step that had these sizes."""

@@ -12,6 +12,7 @@ from qflax.data.augment import Augmentation, augment, normalize
 from qflax.layers import COST, sizes, sown_costs
 from qflax.quantizers import (
     CONSTRAINTS,
+    DEVIATIONS,
     PARAMETERS,
     PENALTIES,
     STATISTICS,
@@ -48,6 +49,7 @@ class TrainStep:
       num_devices: that share it.
       num_classes: of the labels.
       augmentation, mean, std: see `data.augment`.
+      damped: whether the loss has the penalty that damps oscillations of weights.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class TrainStep:
     augmentation: Augmentation
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    damped: bool = False
 
     def many(
         self,
@@ -143,7 +146,7 @@ class TrainStep:
         inputs, labels = normalize(images, self.mean, self.std), smooth(labels, numbers.label_smoothing)
         soft_labels = None if teacher is None else teacher(images)
         learns_widths = widths_frozen(state.observed[STATISTICS]) is not None
-        reported = [CONSTRAINTS, PENALTIES, *([COST] if learns_widths else [])]
+        reported = [CONSTRAINTS, PENALTIES, *[COST] * learns_widths, *[DEVIATIONS] * self.damped]
 
         def loss_of(trained):
             logits, new = self.model.apply(
@@ -158,8 +161,11 @@ class TrainStep:
                 extra = sizes(sown_costs(new))
                 extra["size_penalty"] = penalties.of_sizes(extra, state.step)
             if new.get(PENALTIES):
-                total = sum(jax.tree.leaves(new[PENALTIES]))
+                total = _total(new[PENALTIES])
                 extra["accumulator_penalty"] = penalties.accumulator_strength * total
+            if self.damped:
+                total = _total(new[DEVIATIONS])
+                extra["oscillation_penalty"] = penalties.of_deviations(total, state.step)
             penalty = sum(value for name, value in extra.items() if name.endswith("_penalty"))
             return task["loss"] + penalty, (task, logits, new, extra)
 
@@ -235,6 +241,11 @@ class TrainStep:
             opt_state=opt_state,
             average=average,
         )
+
+
+def _total(tree: Mapping) -> jax.Array:
+    """Sum of all numbers; of repeated layers each has several."""
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _all_finite(tree) -> jax.Array:

@@ -21,6 +21,7 @@ def test_four_rules_with_every_kind_of_quantizer_train(tiny_config, tmp_path):
     tiny_config.rules = RULES
     tiny_config.size_targets = dict(weight_kib=0.0, activation_kib_sum=48.0, activation_kib_max=0.0)
     tiny_config.freeze_widths_after = 0.25
+    tiny_config.oscillation_damping = 1e-4
     tiny_config.quantizer_learning_rate = 0.02
     tiny_config.num_train_steps = 80
     tiny_config.eval_every_epochs = 1.0
@@ -33,7 +34,8 @@ def test_four_rules_with_every_kind_of_quantizer_train(tiny_config, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     train_rows = [row for row in rows if row["group"] == "train"]
     assert train_rows[-1]["loss"] < 0.8 * train_rows[0]["loss"]
-    assert {"size_penalty", "accumulator_penalty", "widths_frozen"} <= train_rows[-1].keys()
+    penalties = {"size_penalty", "accumulator_penalty", "oscillation_penalty"}
+    assert {*penalties, "widths_frozen"} <= train_rows[-1].keys()
     assert train_rows[0]["widths_frozen"] == 0 and train_rows[-1]["widths_frozen"] == 1
     frozen = [row["activation_kib_sum"] for row in train_rows if row["widths_frozen"] == 1]
     assert len(set(frozen)) == 1  # Frozen is frozen.

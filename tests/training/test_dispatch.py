@@ -87,7 +87,7 @@ def changed(config, accumulator_bits, factor):
     config.learning_rate *= factor
     config.quantizer_learning_rate *= factor
     config.weight_decay *= factor
-    config.accumulator_strength = 1e-3 * factor
+    config.accumulator_strength = config.oscillation_damping = 1e-3 * factor
     config.size_targets.activation_kib_sum = 24.0 * factor
     config.seed = int(10 * factor)
     config.num_epochs = 20 * factor

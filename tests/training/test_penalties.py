@@ -57,6 +57,21 @@ def test_other_targets_compile_nothing(config):
     assert len(traces) == 1
 
 
+def test_damping_grows_by_a_cosine(config):
+    config.oscillation_damping = 0.5
+    penalties = build.penalties(config, 100)
+    values = [float(penalties.of_deviations(2.0, step)) for step in (-1, 24, 49, 99)]
+    np.testing.assert_allclose(values, [0, (1 - 2**-0.5) / 2, 0.5, 1], atol=1e-6)
+
+
+def test_damping_without_rounded_weights_is_an_error(tiny_config):
+    tiny_config.oscillation_damping = 1e-3
+    build.check_quantization(tiny_config)
+    tiny_config.weights = None
+    with pytest.raises(UserError, match=r"oscillation_damping=0.001: no weights are rounded to a grid"):
+        build.check_quantization(tiny_config)
+
+
 def test_targets_without_learned_widths_are_an_error(config):
     with pytest.raises(
         UserError, match=r"size_targets.activation_kib_max=8.0: no width of activations is learned"

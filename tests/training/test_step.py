@@ -8,7 +8,7 @@ import pytest
 
 from qflax.data import Dataset
 from qflax.data.augment import normalize
-from qflax.quantizers import calibrate
+from qflax.quantizers import DEVIATIONS, calibrate
 from qflax.training import build
 from qflax.training.parallel import Devices
 from qflax.training.schedules import RateWindow
@@ -34,12 +34,16 @@ def run(config, dataset, num_devices, chunks, unroll=True):
     state = devices.replicate(build.state(config, variables))
     step = build.train_step(config, devices)
     stream, at, losses = stream_of(dataset, 3, config.batch_size, devices), 0, []
+
+    @functools.cache
+    def dispatch(count):
+        return devices.pmap(functools.partial(step.many, steps=count, unroll=unroll))
+
     for count in chunks:
-        dispatch = devices.pmap(functools.partial(step.many, steps=count, unroll=unroll))
         rates = RateWindow(np.full(count, 0.5, np.float32), np.int32(at))
         numbers = build.hyperparameters(config), build.penalties(config, sum(chunks))
         _, data = next(stream.dispatches(at, at + 1, 1))
-        state, metrics = dispatch(state, data, rates, *numbers)
+        state, metrics = dispatch(count)(state, data, rates, *numbers)
         at += count
         losses.append(np.asarray(metrics["loss"]))
     return jax.device_get(state), np.concatenate(losses)
@@ -105,6 +109,18 @@ def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_config, dataset):
     dataset, tiny_config.learning_rate = dataset.part(0, 32), 0.4
     _, losses = run(tiny_config, dataset, 1, [1] * 12)
     assert losses[-1] < losses[0] - 0.03
+
+
+def test_damping_keeps_weights_near_their_grids(tiny_config, dataset):
+    tiny_config.weights.bits, tiny_config.learning_rate, distances = 3, 0.2, []
+    for strength in (1e-9, 1.0):
+        tiny_config.oscillation_damping = strength
+        state, losses = run(tiny_config, dataset, 1, [1] * 8)
+        assert np.isfinite(losses).all()
+        apply = functools.partial(build.model(tiny_config).apply, train=False, mutable=[DEVIATIONS])
+        _, found = jax.jit(apply)(jax.device_get(state.variables), dataset.images[:1] / np.float32(255))
+        distances.append(sum(map(float, jax.tree.leaves(found))))
+    assert distances[1] < 0.5 * distances[0]
 
 
 def counts(state):
