@@ -118,7 +118,7 @@ class AccumulatorAwareQuantizer(Quantizer):
 
     def _project(self, kernel: jax.Array, radius: jax.Array) -> None:
         """EP-init, see `project_weights`: the layer knows where in its kernel the weights of `kernel` are."""
-        if self.is_initializing() or not self.is_mutable_collection(PROJECTED):
+        if not self._is_asked(PROJECTED):
             return
         self._report(PROJECTED, "kernel", project_onto_l1_ball(kernel, radius))
         log2_norm = jnp.minimum(self.get_variable(PARAMETERS, "log2_norm"), jnp.log2(radius))

@@ -42,13 +42,20 @@ class Quantizer(nn.Module):
     @property
     def _calibrating(self) -> bool:
         role = "weights" if self.weights else "activations"
-        return self.is_mutable_collection(CALIBRATION[role]) and not self.is_initializing()
+        return self._is_asked(CALIBRATION[role])
+
+    def _is_asked(self, collection: str) -> bool:
+        """Whether this pass shall do what a collection stands for: it names it as mutable. `mutable=True`,
+        which every other name is, too, means what the pass changes anyhow.
+        """
+        everything = self.is_mutable_collection("any other")
+        return self.is_mutable_collection(collection) and not everything and not self.is_initializing()
 
     @property
     def _training(self) -> bool:
         """Whether statistics are to follow the data of this pass."""
         mutable = self.is_mutable_collection(STATISTICS) and not self.is_initializing()
-        return mutable and not any(self.is_mutable_collection(name) for name in CALIBRATION.values())
+        return mutable and not any(self._is_asked(name) for name in CALIBRATION.values())
 
     @property
     def _averaging(self) -> bool:

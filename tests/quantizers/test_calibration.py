@@ -8,7 +8,17 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.layers import Activation, Conv
-from qflax.quantizers import PARAMETERS, STATISTICS, Quantization, Uniform, calibrate, quantizer_of
+from qflax.quantizers import (
+    PARAMETERS,
+    STATISTICS,
+    AccumulatorAware,
+    Quantization,
+    Rule,
+    Uniform,
+    calibrate,
+    quantizer_of,
+    value_of,
+)
 
 RNG = np.random.default_rng(0)
 BATCHES = [
@@ -143,6 +153,24 @@ def test_weights_and_norm_statistics_are_left_as_they_are():
     assert jax.tree.structure(got) == jax.tree.structure(variables)
     counts = [leaf for path, leaf in jax.tree.leaves_with_path(got[STATISTICS]) if path[-1].key == "count"]
     assert counts == [2] * 4
+
+
+@pytest.mark.parametrize("mutable", [True, ["batch_stats", STATISTICS]], ids=["all", "named"])
+@pytest.mark.parametrize("weights", [Uniform(bits=4), AccumulatorAware(bits=4, accumulator_bits=12)])
+def test_what_is_not_asked_for_by_name_is_not_done(mutable, weights):
+    """A pass that may change all variables is no calibration, and projects no weights."""
+    act = Uniform(bits=4, scale="ema", statistic="absmax")
+    first = Rule("conv0", {"weights": {"kind": "uniform", "bits": 4}})
+    model = Net(Quantization(weights=weights, activations=act, rules=(first,)))
+    variables = model.init(jax.random.key(0), IMAGES[0], train=True)
+    variables = calibrate(model, variables, IMAGES, train=True)
+    y, state = model.apply(variables, 2 * IMAGES[0], train=True, mutable=mutable)
+    y = np.asarray(value_of(y))
+    assert len(np.unique(y)) <= 16
+    for name in ("params", PARAMETERS):
+        jax.tree.map(np.testing.assert_array_equal, state.get(name, variables[name]), variables[name])
+    before, after = (tree[STATISTICS]["act0"]["activations"] for tree in (variables, state))
+    assert after["count"] == before["count"] + 1 and after["x_max"] != before["x_max"]
 
 
 def test_float_network_passes_through():
