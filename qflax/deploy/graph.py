@@ -16,6 +16,7 @@ are explicit multiplications.
 | dense                | x, kernel or values  |                                    | x @ kernel             |
 | multiply, divide, add, subtract, maximum, minimum | a, b |                       | elementwise, float32   |
 | negative, absolute, exp, log, tanh, logistic, erf, sqrt, rsqrt, floor, ceil, round, sign, sin, cos | x | | |
+| select               | which, a, b          |                                    | a where which > 0      |
 | power                | x                    | exponent                           | whole exponent         |
 | max_pool, sum_pool   | x                    | window, strides, padding           | over height and width  |
 | sum, max             | x                    | axes                               | over axes, dropped     |
@@ -45,8 +46,8 @@ UNARY = (
 )
 BINARY = ("multiply", "divide", "add", "subtract", "maximum", "minimum")
 OPERATIONS = (
-    *("quantize", "conv", "dense", *BINARY, *UNARY, "power", "max_pool", "sum_pool", "sum", "max"),
-    *("pad", "slice", "reshape", "transpose", "concatenate"),
+    *("quantize", "conv", "dense", *BINARY, *UNARY, "select", "power", "max_pool", "sum_pool", "sum"),
+    *("max", "pad", "slice", "reshape", "transpose", "concatenate"),
 )
 
 

@@ -13,7 +13,17 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from qflax.deploy.graph import Constant, Graph, Node
-from qflax.deploy.primitives import ELEMENTWISE, RULES, Call, Known, Value, learned_format, split
+from qflax.deploy.primitives import (
+    ELEMENTWISE,
+    RULES,
+    TAKING_COMPARISONS,
+    Call,
+    Comparison,
+    Known,
+    Value,
+    learned_format,
+    split,
+)
 from qflax.deploy.simplify import simplified
 from qflax.errors import require
 from qflax.numerics import PRIMITIVE
@@ -91,6 +101,8 @@ class _Walk:
         if all(isinstance(value, Known) for value in inputs):
             return _evaluated(equation, name, parameters, inputs, layer)
         call = Call(name=name, parameters=parameters, inputs=inputs, shape=shape, layer=layer, emit=self.emit)
+        compared = any(isinstance(value, Comparison) for value in inputs)
+        call.require(not compared or name in TAKING_COMPARISONS, "of a comparison")
         if name == "split":
             return split(call)
         if name not in RULES:

@@ -92,6 +92,11 @@ def _maximum(values: Values, node: Node) -> str:
     return values.builder.add("Max", *_operands(values, node))
 
 
+def _select(values: Values, node: Node) -> str:
+    builder, (which, *cases) = values.builder, _operands(values, node)
+    return builder.add("Where", builder.add("Greater", which, builder.constant(np.float32(0))), *cases)
+
+
 def _rsqrt(values: Values, node: Node) -> str:
     return values.builder.add("Reciprocal", values.builder.add("Sqrt", values.operand(node.inputs[0])))
 
@@ -204,6 +209,7 @@ _OPERATIONS = {
     "conv": _conv,
     "dense": _dense,
     "maximum": _maximum,
+    "select": _select,
     "rsqrt": _rsqrt,
     "power": _power,
     "max_pool": _max_pool,

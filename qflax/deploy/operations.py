@@ -85,6 +85,7 @@ EXECUTE = {
     "divide": _plain(quotient),
     **{name: _plain(getattr(jnp, name)) for name in ("add", "subtract", "maximum", "minimum")},
     **{name: _plain(getattr(jnp, name, None) or getattr(jax.lax, name)) for name in UNARY},
+    "select": lambda node, which, a, b: jnp.where(which > 0, a, b),
     "power": lambda node, x: jax.lax.integer_pow(x, node.attributes["exponent"]),
     "sum": lambda node, x: jnp.sum(x, node.attributes["axes"]),
     "max": lambda node, x: jnp.max(x, node.attributes["axes"]),

@@ -1,7 +1,9 @@
 """What becomes of each primitive of JAX, and of each operation of the quantizers, in a graph."""
 
 import dataclasses
+import functools
 import typing
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,19 @@ class Known:
     def whole(self) -> np.ndarray:
         """The array in its full shape."""
         return np.broadcast_to(self.array, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What holds where a value is positive; the other way about if it is `negated`."""
+
+    value: Value | Known
+    negated: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """Of the value."""
+        return self.value.shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +134,7 @@ def _elementwise(call: Call) -> Value:
     if call.name == "round":
         half_even = call.parameters["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
         call.require(half_even, "away from zero")
-    value = call.node(ELEMENTWISE[call.name], *call.inputs)
-    full = any(isinstance(x, Value) and not x.stretched for x in call.inputs)
-    return value if full else dataclasses.replace(value, stretched=True)
+    return _stretched_like(call.inputs, call.node(ELEMENTWISE[call.name], *call.inputs))
 
 
 def _power(call: Call) -> Value:
@@ -138,16 +151,73 @@ def _clamp(call: Call) -> Value:
     return call.node("minimum", call.node("maximum", x, low), high)
 
 
+def _compare(call: Call) -> Comparison | Known:
+    """Of NaN, which is not greater either, the answer may be another."""
+    a, b = call.inputs
+    if isinstance(a, Value) and isinstance(b, Value) and a.name == b.name:  # So JAX looks for NaN.
+        return Known(np.bool_(call.name in ("ge", "le", "eq")), call.shape)
+    call.require(call.name not in ("eq", "ne"), "of what depends on the input: order is known, equality not")
+    if call.name in ("lt", "ge"):
+        a, b = b, a
+    if isinstance(b, Known) and not np.any(b.array):
+        difference = a
+    elif isinstance(a, Known) and not np.any(a.array):
+        difference = call.node("negative", b)
+    else:
+        difference = call.node("subtract", a, b)
+    return Comparison(_stretched_like(call.inputs, difference), negated=call.name in ("ge", "le"))
+
+
+def _stretched_like(operands: list[Value | Known], value: Value) -> Value:
+    """The result of an elementwise operation."""
+    full = any(isinstance(x, Value) and not x.stretched for x in operands)
+    return value if full else dataclasses.replace(value, stretched=True)
+
+
+def _not(call: Call) -> Comparison:
+    (x,) = call.inputs
+    return dataclasses.replace(x, negated=not x.negated)
+
+
 def _select(call: Call) -> Value | Known:
     which, *cases = call.inputs
-    call.require(isinstance(which, Known) and which.array.size == 1, "by what depends on the input")
-    return cases[int(which.array.reshape(()))]
+    if isinstance(which, Known) and which.array.size == 1:
+        return cases[int(which.array.reshape(()))]
+    call.require(len(cases) == 2, "among more than two")
+    if isinstance(which, Known):
+        which = Comparison(_truth(call, which))
+    if not which.negated:
+        cases = cases[::-1]
+    operands = [which.value, *cases]
+    return _stretched_like(operands, call.node("select", *operands))
 
 
 def _convert(call: Call) -> Value | Known:
-    dtype = call.parameters["new_dtype"]
+    dtype, x = call.parameters["new_dtype"], call.inputs[0]
     call.require(dtype == jnp.float32, f"to {dtype}: a graph computes in float32")
-    return call.inputs[0]
+    return _truth(call, x) if isinstance(x, Comparison) else x
+
+
+def _truth(call: Call, x: Comparison | Known) -> Value | Known:
+    """1 where something holds, else 0."""
+    if isinstance(x, Known):
+        return dataclasses.replace(x, array=x.array.astype(np.float32))
+    cases = [Known(np.float32(x.negated == negated), ()) for negated in (False, True)]
+    return _stretched_like([x.value], call.node("select", x.value, *cases))
+
+
+def _combine(call: Call) -> Comparison:
+    truths = [_truth(call, x) for x in call.inputs]
+    value = call.node({"and": "minimum", "or": "maximum"}[call.name], *truths)
+    return Comparison(_stretched_like(truths, value))
+
+
+def _expm1(call: Call) -> Value:
+    return call.node("subtract", call.node("exp", *call.inputs), Known(np.float32(1), ()))
+
+
+def _log1p(call: Call) -> Value:
+    return call.node("log", call.node("add", *call.inputs, Known(np.float32(1), ())))
 
 
 def _same(call: Call) -> Value | Known:
@@ -194,23 +264,62 @@ def learned_format(highest: np.ndarray, signed: bool, layer: str) -> IntegerForm
     return IntegerFormat(bits=int(bits.max()) + signed, signed=signed, narrow=signed)
 
 
+# Of convolutions whose images and kernels have the channels last, by number of axes.
+_CHANNELS_LAST = {3: ((0, 2, 1), (2, 1, 0), (0, 2, 1)), 4: ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+
 def _conv(call: Call) -> Value:
     x, kernel = (call.whole(value) for value in call.inputs)
-    p, rank = call.parameters, len(call.shape)
+    p = call.parameters
     numbers = p["dimension_numbers"]
     layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
-    call.require(rank == 4 and layout == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)), "is not NHWC with HWIO")
-    call.require(set(p["lhs_dilation"]) == {1} and p["batch_group_count"] == 1, "is transposed")
+    call.require(layout == _CHANNELS_LAST.get(len(call.shape)), "is not NHWC with HWIO, or NWC with WIO")
+    call.require(p["batch_group_count"] == 1, "sums over the batch")
+    call.require(min(end for pair in p["padding"] for end in pair) >= 0, "crops its input")
     call.require(isinstance(x, Value), "of a constant by what depends on the input")
-    return call.node(
-        "conv",
-        x,
-        kernel,
-        strides=tuple(p["window_strides"]),
-        padding=tuple(tuple(pair) for pair in p["padding"]),
-        dilation=tuple(p["rhs_dilation"]),
-        groups=p["feature_group_count"],
+    x = _dilated(call, x, p["lhs_dilation"])
+    attributes = {
+        "strides": tuple(p["window_strides"]),
+        "padding": tuple(tuple(pair) for pair in p["padding"]),
+        "dilation": tuple(p["rhs_dilation"]),
+    }
+    groups = p["feature_group_count"]
+    if len(call.shape) == 4:
+        return call.node("conv", x, kernel, **attributes, groups=groups)
+    call.require(isinstance(kernel, Known), "over one axis by what depends on the input")
+    kernel = dataclasses.replace(kernel, array=kernel.array[None], shape=(1, *kernel.shape))
+    return _as_image(call, "conv", x, kernel, **attributes, groups=groups)
+
+
+def _dilated(call: Call, x: Value, steps: Sequence[int]) -> Value:
+    """`x` [batch, ..., channels] with zeros between its elements, for strided transposed convolutions."""
+    if set(steps) == {1}:
+        return x
+    n, *sizes, channels = x.shape
+    apart = [n, *(size for pair in zip(sizes, [1] * len(sizes), strict=True) for size in pair), channels]
+    filled = [n, *(size for pair in zip(sizes, steps, strict=True) for size in pair), channels]
+    padding = tuple((0, after - before) for before, after in zip(apart, filled, strict=True))
+    x = call.node("pad", _reshaped(call, x, tuple(apart)), result=tuple(filled), padding=padding)
+    dilated = [size * step for size, step in zip(sizes, steps, strict=True)]
+    x = _reshaped(call, x, (n, *dilated, channels))
+    ends = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
+    shape = (n, *ends, channels)
+    return _sliced(call, x, (0,) * len(shape), shape, (1,) * len(shape), shape)
+
+
+def _as_image(call: Call, operation: str, x: Value, *kernel: Known, **attributes) -> Value:
+    """An operation over the width of `x` [batch, width, channels], as of an image of height 1."""
+    first = {"strides": 1, "dilation": 1, "window": 1, "padding": (0, 0)}
+    attributes = {name: (first[name], *of) if name in first else of for name, of in attributes.items()}
+    n, *rest = x.shape
+    y = call.node(
+        operation,
+        _reshaped(call, x, (n, 1, *rest)),
+        *kernel,
+        result=(n, 1, *call.shape[1:]),
+        **attributes,
     )
+    return _reshaped(call, y, call.shape)
 
 
 def _dot(call: Call) -> Value:
@@ -252,17 +361,19 @@ def _as_matrices(call: Call, x: Value | Known, batch, contracted, *, last: bool)
 def _window(call: Call) -> Value:
     p = call.parameters
     window, strides, padding = p["window_dimensions"], p["window_strides"], p["padding"]
-    images = len(window) == 4 and all(w[0] == w[3] == 1 for w in (window, strides))
-    images = images and not any((*padding[0], *padding[3]))
+    images = len(window) in (3, 4) and all(w[0] == w[-1] == 1 for w in (window, strides))
+    images = images and not any((*padding[0], *padding[-1]))
     dilated = {*p["base_dilation"], *p["window_dilation"]} != {1}
     call.require(images and not dilated, "over other axes than height and width, or dilated")
-    return call.node(
-        {"reduce_window_max": "max_pool", "reduce_window_sum": "sum_pool"}[call.name],
-        call.whole(call.inputs[0]),
-        window=tuple(window[1:3]),
-        strides=tuple(strides[1:3]),
-        padding=tuple(tuple(pair) for pair in padding[1:3]),
-    )
+    operation = {"reduce_window_max": "max_pool", "reduce_window_sum": "sum_pool"}[call.name]
+    attributes = {
+        "window": tuple(window[1:-1]),
+        "strides": tuple(strides[1:-1]),
+        "padding": tuple(tuple(pair) for pair in padding[1:-1]),
+    }
+    x = call.whole(call.inputs[0])
+    make = call.node if len(window) == 4 else functools.partial(_as_image, call)
+    return make(operation, x, **attributes)
 
 
 def _reduce(call: Call) -> Value:
@@ -318,7 +429,10 @@ def _reshaped(call: Call, x: Value, shape: Shape) -> Value:
     return call.node("reshape", x, result=shape, shape=(-1, *shape[1:]))
 
 
-def _broadcast(call: Call) -> Value:
+def _broadcast(call: Call) -> Value | Comparison:
+    if isinstance(call.inputs[0], Comparison):
+        x = call.inputs[0]
+        return dataclasses.replace(x, value=_broadcast(dataclasses.replace(call, inputs=[x.value])))
     x, axes = call.inputs[0], call.parameters["broadcast_dimensions"]
     if len(call.shape) == len(x.shape) and not x.stretched:
         return dataclasses.replace(x, shape=call.shape, stretched=x.shape != call.shape)
@@ -342,11 +456,19 @@ def _concatenate(call: Call) -> Value:
     return call.node("concatenate", *map(call.whole, call.inputs), axis=axis)
 
 
+# What a comparison may go into.
+TAKING_COMPARISONS = ("not", "and", "or", "select_n", "convert_element_type", "broadcast_in_dim", "copy")
+
 RULES = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     "integer_pow": _power,
     "square": _square,
     "clamp": _clamp,
+    **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), _compare),
+    "not": _not,
+    **dict.fromkeys(("and", "or"), _combine),
+    "expm1": _expm1,
+    "log1p": _log1p,
     "select_n": _select,
     "convert_element_type": _convert,
     "stop_gradient": _same,

@@ -36,7 +36,8 @@ def simplified(graph: Graph) -> Graph:
 
 def _operands(graph: Graph) -> dict[str, Constant]:
     """Constants; those that are operands of elementwise operations alone without leading axes of 1."""
-    elsewhere = {name for node in graph.nodes if node.operation not in BINARY for name in node.inputs[:2]}
+    others = [node for node in graph.nodes if node.operation not in (*BINARY, "select")]
+    elsewhere = {name for node in others for name in node.inputs[:2]}
     quantizers = {name for node in graph.nodes if node.operation == "quantize" for name in node.inputs[1:]}
     return {
         name: constant if name in elsewhere - quantizers else _squeezed(constant)

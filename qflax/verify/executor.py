@@ -203,6 +203,7 @@ OPERATIONS = {
     "dense": dense,
     **BINARY,
     **UNARY,
+    "select": lambda which, a, b: np.where(which > 0, a, b),
     "power": power,
     "max_pool": max_pool,
     "sum_pool": sum_pool,

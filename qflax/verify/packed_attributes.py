@@ -82,6 +82,7 @@ ATTRIBUTES = {
     "dense": ({}, (2,)),
     **dict.fromkeys(BINARY, ({}, (2,))),
     **dict.fromkeys(UNARY, ({}, (1,))),
+    "select": ({}, (3,)),
     "power": ({"exponent": whole}, (1,)),
     **dict.fromkeys(("max_pool", "sum_pool"), ({**_places, "window": _pair}, (1,))),
     **dict.fromkeys(("sum", "max"), ({"axes": _axes}, (1,))),

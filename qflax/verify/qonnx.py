@@ -97,7 +97,7 @@ def _network(path: pathlib.Path, model) -> Network:
     first = builder.node("transpose", [0], "input", permutation=(0, 3, 1, 2)) if images else 0
     values = {value.name: first}
     arrays = {tensor.name: array_of(tensor) for tensor in model.graph.initializer}
-    choices: dict[str, int] = {}
+    choices: dict[str, tuple[int, bool]] = {}
     metadata = _metadata(model)
     promises = {name: accumulator_bits(bits) for name, bits in metadata.get("accumulator_bits", {}).items()}
     for node in model.graph.node:
@@ -119,7 +119,7 @@ def _translate(
     builder: Builder,
     values: dict[str, int],
     arrays: dict[str, np.ndarray],
-    choices: dict[str, int],
+    choices: dict[str, tuple[int, bool]],
 ) -> None:
     place = f"{node.op_type} {node.name or ', '.join(node.output)!r}"
     if node.domain not in DOMAINS or node.op_type not in TRANSLATIONS:

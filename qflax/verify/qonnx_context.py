@@ -26,7 +26,8 @@ class Context:
       builder: of the network.
       values: name -> number, of what depends on the input, or was used as an operand.
       arrays: name -> array of its own dtype, of initializers and Constants.
-      choices: name -> number of 1 or -1, of comparisons, whose own results, 1 or 0, are no values.
+      choices: name -> number of what is positive where a comparison holds, whose own result, 1 or 0, is no
+        value; and whether that is 1 or -1.
       inputs: names; "" of an optional one that is left out.
       output: name.
       attributes: by name.
@@ -39,7 +40,7 @@ class Context:
         builder: Builder,
         values: dict[str, int],
         arrays: dict[str, np.ndarray],
-        choices: dict[str, int],
+        choices: dict[str, tuple[int, bool]],
         node,
         promised: int | None = None,
     ):
@@ -74,6 +75,12 @@ class Context:
         if self.values[name] not in self.builder.fixed:
             raise ValueError(f"{name!r} must be constant")
         return self.builder.fixed[self.values[name]]
+
+    def is_all(self, index: int, number: float) -> bool:
+        """Whether an input is constant, and all of it this number."""
+        name = self.inputs[index]
+        array = self.arrays.get(name, self.builder.fixed.get(self.values.get(name)))
+        return array is not None and bool(np.all(array == number))
 
     def integers(self, name: str, index: int) -> list[int] | None:
         """From an input, in older versions of ONNX from an attribute; None without."""

@@ -89,19 +89,42 @@ def _reciprocal(c: Context) -> int:
     return c.node("divide", c.constant(np.float32(1)), c.value(0))
 
 
+def _greater(c: Context) -> None:
+    above = c.value(0) if c.is_all(1, 0) else c.node("subtract", c.value(0), c.value(1))
+    c.choices[c.output] = above, False
+
+
 def _greater_or_equal(c: Context) -> None:
-    """Of QCDQ's bipolar quantizer, x >= 0 ? 1 : -1, whose choice is made here already."""
-    if np.any(c.array(1) != 0):
-        raise ValueError("only x >= 0 is known, as a choice between 1 and -1")
+    """Of QCDQ's bipolar quantizer, x >= 0 ? 1 : -1."""
+    if not c.is_all(1, 0):
+        raise ValueError("only x >= 0 is known")
     fmt = quantizers.IntegerFormat.of(1, signed=True, narrow=False)
     scale = c.constant(np.float32(1))
-    c.choices[c.output] = c.node("quantize", c.value(0), scale, format=fmt, rounding="half_even")
+    c.choices[c.output] = c.node("quantize", c.value(0), scale, format=fmt, rounding="half_even"), True
 
 
 def _where(c: Context) -> int:
-    if c.inputs[0] not in c.choices or np.any(c.array(1) != 1) or np.any(c.array(2) != -1):
-        raise ValueError("only x >= 0 ? 1 : -1 is known")
-    return c.choices[c.inputs[0]]
+    if c.inputs[0] not in c.choices:
+        raise ValueError("chooses by something else than x > y or x >= 0")
+    which, is_sign = c.choices[c.inputs[0]]
+    if is_sign and c.is_all(1, 1) and c.is_all(2, -1):
+        return which
+    return c.node("select", which, c.value(1), c.value(2))
+
+
+def _leaky_relu(c: Context) -> int:
+    x, slope = c.value(0), c.attribute("alpha", 0.01)
+    return _by_sign(c, c.value(1) if c.has(1) else c.constant(np.float32(slope)), x)
+
+
+def _elu(c: Context) -> int:
+    below = c.node("subtract", c.unary("exp"), c.constant(np.float32(1)))
+    return _by_sign(c, c.constant(np.float32(c.attribute("alpha", 1.0))), below)
+
+
+def _by_sign(c: Context, slope: int, below: int) -> int:
+    """The first input where it is positive, elsewhere `slope` times `below`."""
+    return c.node("select", c.value(0), c.value(0), c.node("multiply", slope, below))
 
 
 def _power(c: Context) -> int:
@@ -266,9 +289,12 @@ TRANSLATIONS: dict[str, Callable[[Context], int | None]] = {
     "Pow": _power,
     "Reciprocal": _reciprocal,
     "GreaterOrEqual": _greater_or_equal,
+    "Greater": _greater,
     "Where": _where,
     "Clip": _clip,
     "Relu": _relu,
+    **dict.fromkeys(("LeakyRelu", "PRelu"), _leaky_relu),
+    "Elu": _elu,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_average_pool,

@@ -16,6 +16,7 @@ from qflax.numerics import IntegerFormat
 from qflax.quantizers import MixedPrecision, Quantization, quantizer_of
 
 X = np.random.default_rng(0).normal(size=(3, 6, 4, 8)).astype(np.float32)
+ALONG = {"kernel": X[0, :3, :, :6].reshape(3, 4, 6), "bias": X[0, 0, 0, :6]}
 
 
 def run(graph, x):
@@ -82,7 +83,22 @@ def test_a_width_that_is_still_learned_is_told_of():
         lambda x: jnp.round(x) + jnp.floor(x) * jnp.sign(x) / jnp.maximum(jnp.abs(x), 1),
         lambda x: jax.nn.relu6(jnp.squeeze(x[:, :1], 1)) @ np.eye(8, 5, dtype=np.float32),
         lambda x: jnp.where(True, x, 0.0) + jnp.arange(8.0) * jnp.ones((4, 1)),
+        lambda x: jax.nn.leaky_relu(x) + jax.nn.elu(x) + jax.nn.celu(x, 2.0) * jax.nn.selu(x),
+        lambda x: jax.nn.softplus(x) + jax.nn.mish(x) - jax.nn.log_sigmoid(x) + jax.nn.squareplus(x),
+        lambda x: jax.nn.hard_tanh(x) + jax.nn.hard_silu(x) * jax.nn.soft_sign(x),
+        lambda x: jnp.where(x > 0.3, x, jnp.where(x[..., :1] <= -0.5, -1.0, x.max(-1, keepdims=True))),
+        lambda x: jnp.where(jnp.arange(8) % 3 == 0, x, 2 * x) + (x < 0.5) + ~(x <= 0),
+        lambda x: jnp.where((x > 0.1) & (x <= 1) | (x < -1) & (jnp.arange(8) < 4), x, 7 * x),
+        lambda x: jnp.where(x > 60, x, jnp.exp(3 * x) * 0 + 1) * (jnp.float32(0.25) < x),
         lambda x: jnp.einsum("bhwc,bhwd->bcd", x, 2 * x),
+        lambda x: nn.Conv(6, (3,), 2, ((2, 1),), kernel_dilation=2, feature_group_count=2).apply(
+            {"params": ALONG}, jnp.concatenate([jnp.swapaxes(x[:, 1], 1, 2)] * 2, -1)
+        ),
+        lambda x: nn.ConvTranspose(6, (3,), (2,)).apply({"params": ALONG}, jnp.swapaxes(x[:, 1], 1, 2)),
+        lambda x: nn.ConvTranspose(2, (3, 2), (2, 3), "VALID", use_bias=False).apply(
+            {"params": {"kernel": X[0, :3, :2].reshape(3, 2, 8, 1) * jnp.arange(1.0, 3.0)}}, x
+        ),
+        lambda x: nn.max_pool(x[:, 0], (2,), (2,)) - nn.avg_pool(x[:, 1], (2,), (2,)),
         lambda x: jnp.broadcast_to(x.max(-1, keepdims=True), x.shape),
         lambda x: jnp.tanh(jnp.broadcast_to(jnp.sum(x, (1, 2))[:, None], (len(x), 5, 8))),
     ],
@@ -100,9 +116,13 @@ def test_plain_functions(function):
         (lambda x: jnp.sort(x), "sort"),
         (lambda x: x - jnp.mean(x, 0), "over the batch"),
         (lambda x: x.reshape(-1), "mixes the batch"),
-        (lambda x: jnp.where(x > 0, x, 0.0), "gt"),
+        (lambda x: jnp.where(x == 0, x, 0.0), "order is known, equality not"),
+        (lambda x: (x > 0).sum(1), "convert_element_type to int32"),
+        (lambda x: jnp.any(x > 0, 1) * x[:, 0], "reduce_or of a comparison"),
         (lambda x: jnp.einsum("bhwc,ahwd->abcd", x, x), "sums over the batch, or moves it"),
         (lambda x: jax.lax.conv(x, x[:1], (1, 1), "SAME"), "slice of the batch"),
+        (lambda x: jax.lax.conv(x, X[:1, :, :3, :3], (1, 1), [(0, 0), (0, 0)]), "is not NHWC"),
+        (lambda x: nn.Conv(6, (3,), padding=((0, -1),)).apply({"params": ALONG}, x[:, 1, :, :4]), "crops"),
         (lambda x: jnp.ones((2, 3)), "does not depend on its input"),
         (lambda x: (x, x), "2 results"),
     ],

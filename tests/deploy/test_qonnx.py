@@ -155,6 +155,7 @@ EXECUTE = {
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "erf": np.vectorize(math.erf),
     "rsqrt": lambda x: 1 / np.sqrt(x),
+    "select": lambda which, a, b: np.where(which > 0, a, b),
     "power": _power,
     "max_pool": _max_pool,
     "sum_pool": _sum_pool,
@@ -313,6 +314,16 @@ def test_truncation_keeps_the_numbers(fmt, scale):
     operations = [node.op_type for node in to_qonnx(graph).graph.node]
     assert operations == ["Quant", "Div", "Trunc" if scale in (2, 8) else "Quant"]
     np.testing.assert_array_equal(run_qonnx(graph, x[None]), execute(graph, x[None]))
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 3, 2)])
+def test_choices_between_arrays_and_numbers(shape):
+    net, x = Net(*shape), np.random.default_rng(0).integers(-3, 4, (2, *shape)).astype(np.float32)
+    channels = np.arange(shape[-1], dtype=np.float32)
+    y = net.add("select", net.add("subtract", "input", 1.0), "input", channels)
+    y = net.add("select", y, -7.0, net.add("select", channels % 2, y, "input"))
+    graph = net.graph(y)
+    np.testing.assert_array_equal(run_qonnx(graph, x), nchw(execute(graph, x)))
 
 
 FORMATS = {

@@ -230,9 +230,9 @@ NETWORKS = {
     "padding with a number": (lambda: old("Pad", pads=[0, 0, 0, 1], value=1e6), "only padding with 0"),
     "choice by any truth": (
         lambda: chain("Sign", "Where", F(1), F(-1)),
-        "only x >= 0 ? 1 : -1",
+        "by something else than x > y or x >= 0",
     ),
-    "choice of other numbers": (lambda: chain("GreaterOrEqual", "Where", F(1), F(0)), "only x >= 0 ? 1 : -1"),
+    "choice by another order": (lambda: one("GreaterOrEqual", F(1)), "only x >= 0"),
     "truth as a number": (lambda: chain("GreaterOrEqual", "Cast", to=TensorProto.FLOAT), "no 'a'"),
     "broadcast along an axis": (lambda: one("Add", np.ones(4, F), broadcast=1, axis=1), "before opset 7"),
     "dropout in training": (lambda: one("Dropout", F(0.5), np.array(True)), "training_mode"),

@@ -151,6 +151,9 @@ CASES = {
     "Clip": ("Clip", [F(-0.2), F(0.6)], {}),
     **{name: (name, [], {}) for name in ("Relu", "Sigmoid", "Tanh", "Exp", "Neg", "Abs", "Floor", "Ceil")},
     **{name: (name, [], {}) for name in ("Round", "Erf", "Identity", "Sign", "Sin", "Cos")},
+    "LeakyRelu": ("LeakyRelu", [], dict(alpha=0.2)),
+    "PRelu": ("PRelu", [CHANNEL[:, None, None]], {}),
+    "Elu": ("Elu", [], dict(alpha=1.5)),
     "MaxPool": ("MaxPool", [], dict(kernel_shape=[3, 2], strides=[2, 2], pads=[1, 0, 1, 1])),
     "AveragePool": ("AveragePool", [], dict(kernel_shape=[3, 2], strides=[1, 2], pads=[1, 0, 1, 1])),
     "AveragePool pad": (
@@ -193,6 +196,21 @@ def test_operations_are_those_of_onnxruntime(tmp_path, case):
     y = run(load(path), x)
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("comparison", ["Greater", "GreaterOrEqual"])
+def test_choices_are_those_of_onnxruntime(tmp_path, comparison):
+    runtime = pytest.importorskip("onnxruntime")
+    nodes = [
+        helper.make_node("Round", ["x"], ["r"]),  # Some are equal.
+        helper.make_node(comparison, ["r", "one" if comparison == "Greater" else "zero"], ["g"]),
+        helper.make_node("Where", ["g", "x", "c"], ["y"]),
+    ]
+    constants = dict(one=F(1), zero=F(0), c=CHANNEL[:, None, None])
+    path = model(tmp_path / "n.onnx", nodes, constants, (4, 5, 6), (4, 5, 6))
+    x = np.random.default_rng(1).normal(size=(1, 5, 6, 4)).astype(F)
+    (expected,) = runtime.InferenceSession(path).run(None, {"x": x.transpose(0, 3, 1, 2)})
+    np.testing.assert_array_equal(run(load(path), x), expected)
 
 
 def test_batches_of_a_network_made_for_one_example(tmp_path):
