@@ -48,13 +48,14 @@ def call(program, *arguments):
 
 def call_alone(*command, **environment):
     """A program in a process of its own."""
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
 
 

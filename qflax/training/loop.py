@@ -175,11 +175,11 @@ class Trainer:
         rates, compiled = Rates(self.rates, self.devices.replicate), self.compiling.result()
         self.start_time.end("compilation")
         state, step, self.state = self.devices.replicate(self.state), self.start, None
-        previous = None
+        previous, before = None, self.logged_step
         every, workers = self.steps_per_dispatch, build.workers(self.config)
         dispatches = self.stream.dispatches(step, len(self.rates), every, workers)
-        if self.logged_step < step:
-            self._attend(state, self.logged_step, step)
+        if before < step:
+            self._attend(state, before, step)
         with contextlib.closing(dispatches):
             for end, data in dispatches:
                 many = compiled if end - step == every else self.dispatch(end - step)
@@ -190,29 +190,41 @@ class Trainer:
                     self.recorder.say(str(self.start_time))
                 # One dispatch ahead keeps devices busy; who is asked to stop has to wait for all that are.
                 jax.block_until_ready(previous)
-                previous = metrics
+                self._log(state, before, step)
+                previous, before = metrics, step
                 self.meter.add(metrics)
                 self.recorder.advance(end)
                 self._attend(state, step, end)
                 step = end
         return state
 
+    def _due(self, every: int, before: int, end: int) -> bool:
+        """Whether what is done every so many steps is, after the steps from `before` to `end`."""
+        return end == len(self.rates) or end // every > before // every
+
+    def _log(self, state: TrainState, before: int, end: int) -> None:
+        """Logs what is due after the steps from `before` to `end`, unless `_attend` has.
+
+        By then the devices have their next steps, of which `state` is the outcome: a run that is stopped by a
+        bad step has the state from before it in all of them.
+        """
+        if self._due(self.config.log_every_steps, before, end):
+            self._require_finite(state, end)
+            self._log_training(end, self.meter.read())
+            self.meter.logged()
+
     def _attend(self, state: TrainState, before: int, end: int) -> None:
-        """Does what is due after the steps from `before` to `end`.
+        """Does what is due after the steps from `before` to `end` and needs their state; logs with it.
 
         Where it is asked to stop, it saves the state and leaves that to the next start.
         """
-        config, total = self.config, len(self.rates)
+        config = self.config
         eval_every = max(round(config.eval_every_epochs * self.num_examples / config.batch_size), 1)
-
-        def due(every):
-            return end == total or end // every > before // every
-
-        evaluating = self.evaluate is not None and due(eval_every)
-        saving = evaluating or due(config.checkpoint_every_steps)
+        evaluating = self.evaluate is not None and self._due(eval_every, before, end)
+        saving = evaluating or self._due(config.checkpoint_every_steps, before, end)
         try:
             self.interruption.check()
-            if not (saving or due(config.log_every_steps)):
+            if not saving:
                 return
             self._require_finite(state, end)
             validation = None
@@ -256,6 +268,8 @@ class Trainer:
         )
 
     def _log_training(self, step: int, train: dict[str, float]) -> None:
+        if not train:
+            return
         before, self.last = self.last, train
         self.recorder.write(step, train, "train")
         self.recorder.show(train)

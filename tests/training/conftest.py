@@ -4,10 +4,15 @@ import importlib
 
 import pytest
 
+from qflax.training import allocation
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(quick_compilation):
-    """Most programs here train for a few steps."""
+    """Most programs here train for a few steps; sensitivities are those of a few images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocation, "_EXAMPLES", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

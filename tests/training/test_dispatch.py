@@ -53,6 +53,26 @@ def test_steps_move_nothing_between_host_and_devices(tiny_config, tmp_path, monk
         guard("allow")
 
 
+def test_metrics_are_read_while_the_devices_have_more_to_do(tiny_config, tmp_path, monkeypatch):
+    """But for those at the end, and where the state is needed."""
+    window, log, begun, logged = loop.Rates.window, loop.Trainer._log_training, [], []
+
+    def begin(self, start, end):
+        begun.append(end)
+        return window(self, start, end)
+
+    def log_training(self, step, train):
+        logged.append((step, begun[-1], len(train)))
+        log(self, step, train)
+
+    monkeypatch.setattr(loop.Rates, "window", begin)
+    monkeypatch.setattr(loop.Trainer, "_log_training", log_training)
+    tiny_config.num_train_steps, tiny_config.log_every_steps = 8, 3
+    tiny_config.checkpoint_every_steps, tiny_config.eval_every_epochs = 5, 100.0
+    train(tiny_config, tmp_path)
+    assert [row[:2] for row in logged if row[2]] == [(3, 4), (5, 5), (6, 7), (8, 8)]
+
+
 def test_later_evaluations_compile_nothing(tiny_config, tmp_path, monkeypatch):
     evaluate, log, counts, compiled = loop.Trainer._attend, loop.Trainer._log_and_save, [], []
 

@@ -89,8 +89,8 @@ def assert_same_updates(config, one, two, tolerance):
 
 
 def test_several_steps_in_a_dispatch_equal_single_ones(tiny_config, dataset):
-    tiny_config.activations = None
-    tiny_config.weights = None
+    tiny_config.activations = tiny_config.weights = None
+    tiny_config.batch_size = 8  # In a loop convolutions are slow on a CPU.
     single, single_losses = run(tiny_config, dataset, 1, [1, 1])
     for unroll in (True, False):
         both, losses = run(tiny_config, dataset, 1, [2], unroll)
@@ -100,6 +100,7 @@ def test_several_steps_in_a_dispatch_equal_single_ones(tiny_config, dataset):
 
 def test_learned_widths_and_accumulators_go_through_a_loop(tiny_config, dataset):
     learned(tiny_config)
+    tiny_config.batch_size = 8
     looped, single = (run(tiny_config, dataset, 1, [2], False)[0], run(tiny_config, dataset, 1, [1, 1])[0])
     assert_same_updates(tiny_config, looped, single, 1e-2)
 
