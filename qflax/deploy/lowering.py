@@ -55,6 +55,7 @@ def lower(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) ->
     used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True], instantiate=True)
     walk = _Walk()
     (result,) = walk.run(used, _known(traced.consts), [Value("input", (_BATCH, *shape))], "")
+    require(not isinstance(result, Comparison), "the function's result is of truths: make numbers of it")
     require(isinstance(result, Value), "the function's result does not depend on its input")
     if result.stretched:  # Only sums with an array of its shape have that.
         zeros = np.zeros(result.shape[1:], np.float32)
@@ -120,6 +121,8 @@ class _Walk:
         return Value(output, shape)
 
     def _constant(self, known: Known) -> str:
+        of_batch = known.array.ndim and len(known.array) == _BATCH
+        require(not of_batch, "cannot be exported: an array of the batch's size that depends on no input")
         name = f"constant{len(self.constants)}"
         self.constants[name] = Constant(
             array=np.asarray(known.array, np.float32),
@@ -151,7 +154,7 @@ def _evaluated(equation, name, parameters, inputs, layer) -> list[Known]:
     if name == "within_accumulator":
         codes, bits = inputs
         return [Known(codes.array, codes.shape, parameters["format"], int(bits.array))]
-    if name in ELEMENTWISE:
+    if name in (*ELEMENTWISE, "convert_element_type"):
         arrays = [x.array for x in inputs]
         if equation.primitive is not PRIMITIVE:
             arrays = np.broadcast_arrays(*arrays)

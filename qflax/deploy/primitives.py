@@ -155,7 +155,7 @@ def _compare(call: Call) -> Comparison | Known:
     """Of NaN, which is not greater either, the answer may be another."""
     a, b = call.inputs
     if isinstance(a, Value) and isinstance(b, Value) and a.name == b.name:  # So JAX looks for NaN.
-        return Known(np.bool_(call.name in ("ge", "le", "eq")), call.shape)
+        return Known(np.full((1,) * len(call.shape), call.name in ("ge", "le", "eq")), call.shape)
     call.require(call.name not in ("eq", "ne"), "of what depends on the input: order is known, equality not")
     if call.name in ("lt", "ge"):
         a, b = b, a
@@ -179,7 +179,7 @@ def _not(call: Call) -> Comparison:
     return dataclasses.replace(x, negated=not x.negated)
 
 
-def _select(call: Call) -> Value | Known:
+def _select(call: Call) -> Value | Known | Comparison:
     which, *cases = call.inputs
     if isinstance(which, Known) and which.array.size == 1:
         return cases[int(which.array.reshape(()))]
@@ -188,8 +188,10 @@ def _select(call: Call) -> Value | Known:
         which = Comparison(_truth(call, which))
     if not which.negated:
         cases = cases[::-1]
-    operands = [which.value, *cases]
-    return _stretched_like(operands, call.node("select", *operands))
+    truths = [isinstance(x, Comparison) or isinstance(x, Known) and x.array.dtype == bool for x in cases]
+    operands = [which.value, *(_truth(call, x) if any(truths) else x for x in cases)]
+    chosen = _stretched_like(operands, call.node("select", *operands))
+    return Comparison(chosen) if any(truths) else chosen
 
 
 def _convert(call: Call) -> Value | Known:

@@ -82,6 +82,10 @@ class Context:
         array = self.arrays.get(name, self.builder.fixed.get(self.values.get(name)))
         return array is not None and bool(np.all(array == number))
 
+    def is_broadcast_to(self, x: int, *others: int) -> bool:
+        """Whether a value has the shape to which it and others are broadcast."""
+        return np.broadcast_shapes(*map(self.shape, (x, *others))) == tuple(self.shape(x))
+
     def integers(self, name: str, index: int) -> list[int] | None:
         """From an input, in older versions of ONNX from an attribute; None without."""
         if self.has(index):

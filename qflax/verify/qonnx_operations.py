@@ -90,13 +90,15 @@ def _reciprocal(c: Context) -> int:
 
 
 def _greater(c: Context) -> None:
-    above = c.value(0) if c.is_all(1, 0) else c.node("subtract", c.value(0), c.value(1))
+    above = c.value(0)
+    if not (c.is_all(1, 0) and c.is_broadcast_to(above, c.value(1))):
+        above = c.node("subtract", above, c.value(1))
     c.choices[c.output] = above, False
 
 
 def _greater_or_equal(c: Context) -> None:
     """Of QCDQ's bipolar quantizer, x >= 0 ? 1 : -1."""
-    if not c.is_all(1, 0):
+    if not (c.is_all(1, 0) and c.is_broadcast_to(c.value(0), c.value(1))):
         raise ValueError("only x >= 0 is known")
     fmt = quantizers.IntegerFormat.of(1, signed=True, narrow=False)
     scale = c.constant(np.float32(1))
@@ -107,9 +109,10 @@ def _where(c: Context) -> int:
     if c.inputs[0] not in c.choices:
         raise ValueError("chooses by something else than x > y or x >= 0")
     which, is_sign = c.choices[c.inputs[0]]
-    if is_sign and c.is_all(1, 1) and c.is_all(2, -1):
+    cases = c.value(1), c.value(2)
+    if is_sign and c.is_all(1, 1) and c.is_all(2, -1) and c.is_broadcast_to(which, *cases):
         return which
-    return c.node("select", which, c.value(1), c.value(2))
+    return c.node("select", which, *cases)
 
 
 def _leaky_relu(c: Context) -> int:

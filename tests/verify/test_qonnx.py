@@ -213,6 +213,30 @@ def test_choices_are_those_of_onnxruntime(tmp_path, comparison):
     np.testing.assert_array_equal(run(load(path), x), expected)
 
 
+@pytest.mark.parametrize("enlarging", ["comparison", "cases"])
+@pytest.mark.parametrize("comparison", ["Greater", "GreaterOrEqual"])
+def test_choices_have_the_shape_of_all_that_they_are_made_of(tmp_path, comparison, enlarging):
+    """Else sums behind them would have fewer terms than they have."""
+    runtime = pytest.importorskip("onnxruntime")
+    nodes = [
+        helper.make_node(comparison, ["x", "zeros"], ["g"]),
+        helper.make_node("Where", ["g", "ones", "minus"], ["y"]),
+    ]
+    wide, one = np.ones((4, 1, 1), F), F(1)
+    beside, cases = (wide, one) if enlarging == "comparison" else (one, wide)
+    constants = dict(zeros=0 * beside, ones=cases, minus=-cases)
+    path = model(tmp_path / "n.onnx", nodes, constants, (1, 5, 6), (4, 5, 6))
+    x = np.random.default_rng(1).normal(size=(1, 5, 6, 1)).astype(F)
+    if enlarging == "comparison" and comparison == "GreaterOrEqual":
+        with pytest.raises(UserError, match="only x >= 0 is known"):
+            load(path)
+        return
+    (expected,) = runtime.InferenceSession(path).run(None, {"x": x.transpose(0, 3, 1, 2)})
+    y = run(load(path), x)
+    assert y.shape == expected.shape
+    np.testing.assert_array_equal(y, expected)
+
+
 def test_batches_of_a_network_made_for_one_example(tmp_path):
     nodes = [
         helper.make_node("Reshape", ["x", "shape"], ["a"]),
