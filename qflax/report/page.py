@@ -58,8 +58,8 @@ def write_report(
             say(f"{folder}: left out: not a workdir, or a run is about to begin there")
     require(
         not output.exists() or (output.is_dir() and (not any(output.iterdir()) or _MARK in _earlier(output))),
-        f"{output}: holds something that is no report (or one of an earlier version: then delete it); choose "
-        "another --output",
+        f"{output}: holds something that is no report; choose another --output (or delete it, if it is one "
+        "of an earlier version)",
     )
     output.mkdir(parents=True, exist_ok=True)
     _clear(output)
