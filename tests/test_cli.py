@@ -219,6 +219,7 @@ def test_a_misspelt_field_in_a_file_is_named(tmp_path):
     assert len(result.stderr) < 600 and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.thorough
 def test_many_devices_and_large_seeds_are_fine(tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
     arguments = [*QUICK, "--config.seed=4294967295", f"--workdir={tmp_path / 'run'}"]
@@ -240,6 +241,7 @@ def test_a_rule_that_matches_nothing_is_an_error(tmp_path):
     assert "'conv_int'" in result.stderr and "did you mean 'conv_init'" in result.stderr
 
 
+@pytest.mark.thorough
 def test_imported_weights_are_a_workdir_that_can_be_quantized(tmp_path):
     """The network of `resnet8`, under the names that torchvision would give it."""
     sizes = {"conv1": (16, 3, 3, 3), "fc": (10, 64), "layer2.0.downsample.0": (32, 16, 1, 1)}

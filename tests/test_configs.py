@@ -107,7 +107,9 @@ def test_has_a_training_step(name, one_block_a_stage):
     assert all(jax.tree.leaves(same)) and "loss" in metrics
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.thorough] * x.startswith("resnet18")) for x in ONE_OF_EACH]
+)
 def test_takes_a_training_step(name, one_block_a_stage):
     step, (old, *arguments) = step_of(name)
     state, metrics = jax.device_get(step(old, *arguments))

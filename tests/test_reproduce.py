@@ -37,6 +37,7 @@ def options(*arguments):
     return reproduce.parse(["--table=resnet20", *arguments])
 
 
+@pytest.mark.thorough
 def test_rows_are_made_and_proven_once(tmp_path, capsys, monkeypatch):
     folders = (f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
     command = ("--rows", "fp32", "int8_ptq", *folders, *SMALL)
@@ -100,6 +101,7 @@ def test_deadline_asks_to_stop():
     assert interruption.requested == "SIGTERM"
 
 
+@pytest.mark.thorough
 def test_changes_are_compared_on_held_out_images(tmp_path, monkeypatch):
     folders = (f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
     common = (*folders, *SMALL, "--config.validation_examples=200")

@@ -183,6 +183,7 @@ def test_probabilities_sum_to_one_and_values_stay_in_range(seed):
     assert images.min() >= 0 and images.max() <= 255.001
 
 
+@pytest.mark.thorough
 @few
 @given(SEEDS, st.sampled_from([1, 4]))
 def test_parts_of_the_batch_give_the_same_as_the_whole(seed, border):

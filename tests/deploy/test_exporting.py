@@ -18,6 +18,7 @@ from qflax.quantizers import Quantization, Uniform, calibrate
 from qflax.verify import verify
 
 
+@pytest.mark.thorough
 def test_a_packed_file_runs_without_what_made_it(tmp_path, trained):
     function, variables = trained("int4")
     result = export(function, variables, SHAPE, tmp_path / "file", format="packed", metadata={"step": 3})
@@ -27,6 +28,7 @@ def test_a_packed_file_runs_without_what_made_it(tmp_path, trained):
     np.testing.assert_array_equal(y, jax.jit(function)(variables, x))
 
 
+@pytest.mark.thorough
 def test_the_probe_tells_what_was_trained(tmp_path, trained):
     function, variables = trained("a2q+")
     export(function, variables, SHAPE, tmp_path / "file", format="packed", metadata={"step": 3})

@@ -56,6 +56,7 @@ def network(trained, lowered):
     return get
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", INTEGER)
 def test_integer_units_and_float_units_agree(network, name, monkeypatch):
     graph, expected = network(name)

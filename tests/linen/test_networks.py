@@ -57,7 +57,15 @@ def trained(model, digits):
     return {**learned, **variables}, losses
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        "transformer",
+        pytest.param("mixer", marks=pytest.mark.thorough),
+        pytest.param("mobilenet", marks=pytest.mark.thorough),
+    ],
+)
 def test_network_is_quantized_trained_and_exported(name, tmp_path):
     digits = load("digits", "train")
     plain = NETWORKS[name]()

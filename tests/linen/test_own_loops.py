@@ -97,6 +97,7 @@ def check(name, loop, axis_name):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("loop, axis_name", [(under_jit, None), (under_shard_map, AXIS), (under_pmap, AXIS)])
@@ -110,6 +111,7 @@ def test_nor_on_who_decides_where_arrays_lie(name):
     check(name, functools.partial(under_jit, axis_type=AxisType.Explicit), None)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_what_is_known_of_arrays_is_known_on_every_device(wrap):

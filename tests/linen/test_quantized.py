@@ -304,6 +304,7 @@ class OfBlocks(nn.Module):
         return nn.Dense(3)(x)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lifted", [nn.remat, nn.jit], ids=["remat", "jit"])
 @pytest.mark.parametrize(
     "rules", [[], ["*relu_*"], ["*relu_*", "*add_0"]], ids=["layers", "functions", "all"]
@@ -461,7 +462,7 @@ def test_quantizers_of_all_kinds(fields, tmp_path):
 @pytest.mark.parametrize(
     ("network", "recipe"),
     [
-        (MobileNet, ("ranges", "norm_reestimation", "gptq")),
+        pytest.param(MobileNet, ("ranges", "norm_reestimation", "gptq"), marks=pytest.mark.thorough),
         (PlainCNN, ("equalization", "ranges", "bias_correction", "brecq")),
         (PlainCNN, ("ranges", "adaround")),
     ],

@@ -92,6 +92,7 @@ def test_rounds_like_ml_dtypes_bit_for_bit(name):
     np.testing.assert_array_equal(values, expected.astype(np.float32).view(np.uint32))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name, form in PEERS.items() if form.specials != "none"])
 def test_overflows_like_ml_dtypes_if_it_may(name):
     form = dataclasses.replace(PEERS[name], saturate=False)

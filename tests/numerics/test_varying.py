@@ -68,6 +68,7 @@ def summed(function, operands):
     return jnp.sum(y * jnp.arange(1.0, y.size + 1).reshape(y.shape))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_are_those_of_a_sum_over_devices(name):

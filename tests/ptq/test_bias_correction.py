@@ -64,6 +64,7 @@ def start():
     return model, calibrate(model, variables, BATCHES, train=True)
 
 
+@pytest.mark.thorough
 def test_every_biased_layer_gets_the_float_network_s_mean():
     model, variables = start()
     reference = Net()

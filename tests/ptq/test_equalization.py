@@ -29,6 +29,7 @@ def leaf(tree, path):
     return tree
 
 
+@pytest.mark.thorough
 def test_ranges_become_equal_and_the_function_stays(small_net, float_variables, batches):
     equal = equalize(small_net(), float_variables, batches[0])
     for first, second, groups, norm in (

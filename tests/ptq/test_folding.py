@@ -13,6 +13,7 @@ from qflax.ptq import fold_norms
 FIELDS = {"stem": "3x3", "num_classes": 10, "batch_norm_momentum": 0.9, "batch_norm_epsilon": 1e-3}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("shortcut", "residual"), [("A", "signed"), ("B", "unsigned")])
 def test_the_network_without_norms_computes_the_same(shortcut, residual):
     normed, folded = (

@@ -90,6 +90,7 @@ def test_calibration_over_the_set_gets_to_the_quantizers(small_net, float_variab
     assert scales[0]["activations"]["scale"] != scales[1]["activations"]["scale"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["minifloat", "accumulator_aware", "mixed"])
 def test_recipes_are_for_every_format(small_net, float_variables, batches, kind):
     eight = Uniform(bits=8, statistic="mse")

@@ -40,7 +40,9 @@ def error(model, variables, small_net, float_variables, batches, path):
     return float(jnp.mean((capturing(model, outputs=[path])(variables, batches[0])[1][path] - goal) ** 2))
 
 
-@pytest.mark.parametrize(("parts_of", "drop"), [(layer_parts, 0.0), (block_parts, 0.5)])
+@pytest.mark.parametrize(
+    ("parts_of", "drop"), [pytest.param(layer_parts, 0.0, marks=pytest.mark.thorough), (block_parts, 0.5)]
+)
 def test_outputs_come_nearer_to_the_float_network_s(small_net, float_variables, batches, parts_of, drop):
     model, variables = start(small_net, POLICY, float_variables, batches)
     parts, told = parts_of(model, small_net(), variables, batches[0][:1]), []
@@ -65,6 +67,7 @@ def _scales(*trees):
     return [(a, b) for (path, a), (_, b) in pairs if path[-2].key == "activations"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "spec",
     [
@@ -143,6 +146,7 @@ class Second(nn.Module):
         return Conv(4, (3, 3), name="conv", quantization=self.quantization)(y) + x[..., :1]
 
 
+@pytest.mark.thorough
 def test_a_block_with_a_second_input_is_refused_and_its_layers_are_not(batches):
     policy = Quantization(weights=WEIGHTS)
     model, reference = Bypass(policy), Bypass()

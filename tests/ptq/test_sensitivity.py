@@ -135,6 +135,7 @@ def message_of(function, *args, **options):
     return message
 
 
+@pytest.mark.thorough
 def test_a_row_is_what_a_model_shows_in_which_a_rule_quantizes_that_alone():
     reference = logits_of(FLOAT)
     for row in measured():
@@ -190,6 +191,7 @@ MIXED = Quantization(
 )
 
 
+@pytest.mark.thorough
 def test_each_kind_is_measured_at_the_widths_that_it_has_and_once_at_each():
     reported = []
     rows = measure(MIXED, bits=(8, 1, 2), progress=reported.append)

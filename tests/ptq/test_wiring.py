@@ -89,6 +89,7 @@ class Other(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+@pytest.mark.thorough
 def test_layers_of_other_axes_and_traces_are_left_alone(batches):
     model = quantize(Other(), weights=Uniform(bits=4), activations=Uniform(bits=8))
     variables = calibrate(model, model.init(KEY, batches[0], train=False), batches)

@@ -177,6 +177,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_is_projected_output_by_output(name):
     plain, shape, summed = KERNELS[name]

@@ -43,6 +43,7 @@ def frozen(variables, bits=None):
 CASES = list(itertools.product(PARAMETRIZATIONS, ("per_tensor", "per_channel"), (False, True), (True, False)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("parametrization,granularity,power,weights", CASES)
 def test_starts_with_its_bits_and_stays_on_its_grid_when_frozen(parametrization, granularity, power, weights):
     fields = dict(parametrization=parametrization, granularity=granularity, power_of_two=power)
@@ -110,6 +111,7 @@ def test_gradients_of_the_other_parametrizations_follow_from_the_first():
     np.testing.assert_allclose(width["step"], -x_max / d / ((x_max + d) * np.log(2)), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("x_max", np.linspace(0.5, 3, 40).tolist())
 def test_at_the_bounds_of_the_width_gradients_are_the_same(bits, x_max):
@@ -171,6 +173,7 @@ def test_a_training_pass_records_the_width_and_freezing_keeps_it():
     assert not widths_frozen(stacked) and widths_frozen(freeze_widths(stacked))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_whatever_the_update_the_width_stays_in_bounds(parametrization):
     model, variables = calibrated(parametrization=parametrization, min_bits=3, max_bits=6)

@@ -66,6 +66,7 @@ def check(statistic, parts, x):
             np.testing.assert_allclose(end, expected[name], rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", STATISTICS_KINDS)
 @pytest.mark.parametrize(("per_channel", "signed"), [(False, False), (True, True)])
 def test_symmetric_range_of_parts_is_that_of_the_whole(kind, per_channel, signed):
@@ -157,6 +158,7 @@ def assert_close(a, b):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "spec",
     [
@@ -200,6 +202,7 @@ def net(statistic):
     return model, model.init(jax.random.key(0), IMAGES)
 
 
+@pytest.mark.thorough
 def test_all_calls_of_a_shared_quantizer_count():
     model, variables = net("percentile")
     got = calibrate(model, variables, np.split(IMAGES, 4), over="set")

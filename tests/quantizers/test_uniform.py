@@ -50,6 +50,7 @@ def gradients(model, variables, x=X, gy=GY):
     return jax.grad(loss, argnums=(0, 1))(variables.get(PARAMETERS, {}), jnp.asarray(x))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("weights", "scale", "granularity", "symmetric"), COMBINATIONS)
 def test_calibrated_quantizer_is_on_its_grid_with_finite_gradients(weights, scale, granularity, symmetric):
     # One shape of fast statistic for all: the others have tests of their own.

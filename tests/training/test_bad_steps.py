@@ -108,6 +108,7 @@ def learned(state):
     return state.trained, state.observed, state.opt_state, state.average
 
 
+@pytest.mark.thorough
 @quantized
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_step_that_may_be_skipped_changes_nothing_but_the_count(network, bad):

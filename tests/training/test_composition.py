@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from qflax.training import train
 from qflax.training.workdir import load_workdir
@@ -16,6 +17,7 @@ RULES = (
 )
 
 
+@pytest.mark.thorough
 def test_four_rules_with_every_kind_of_quantizer_train(tiny_config, tmp_path):
     tiny_config.weights = tiny_config.activations = None
     tiny_config.rules = RULES

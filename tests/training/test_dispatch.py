@@ -131,6 +131,7 @@ def arguments(config):
 WIDTHS = [(bits, 1 + 0.1 * i) for i, bits in enumerate((10, 12, 14, 16, 20))]
 
 
+@pytest.mark.thorough
 def test_a_sweep_of_accumulator_widths_is_one_program(make_tiny_config):
     """The text that the compiler gets, by which compiled programs are found again, is the same."""
     programs = set()

@@ -52,6 +52,7 @@ def teacher(make_tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.thorough
 def test_a_student_that_only_distils_comes_near_its_teacher(make_tiny_config, teacher, tmp_path):
     config = make_tiny_config()
     config.num_train_steps = 60

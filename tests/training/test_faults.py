@@ -147,6 +147,7 @@ def saving(workdir, step):
     return moment
 
 
+@pytest.mark.thorough
 def test_three_kills_leave_no_trace(whole, tmp_path):
     workdir = tmp_path / "run"
     assert kill(workdir, signal.SIGTERM, after(workdir, 4)) == INTERRUPTED, messages(workdir)

@@ -130,6 +130,7 @@ def test_files_of_the_user_are_not_replaced(tiny_config, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.thorough
 def test_starting_from_another_run_takes_its_averaged_weights(finished, tmp_path):
     config, whole, _ = finished
     config.init_from = str(whole)

@@ -149,6 +149,7 @@ def test_trains(float_run):
     assert set(state.variables["params"]) == {"Conv_0", "BatchNorm_0", "Conv_1", "classifier"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["calibrated", "trained"])
 def test_is_quantized_exported_and_verified(how, make_tiny_config, float_run, tmp_path):
     config, workdir = own(make_tiny_config()), tmp_path / "run"

@@ -82,6 +82,7 @@ def test_fine_tuning_goes_on_from_the_learned_rounding_and_ranges(quantized, tmp
     assert abs(tuned["test_accuracy"] - result["test_accuracy"]) < 0.05  # Norms have moved a little.
 
 
+@pytest.mark.thorough
 def test_size_targets_give_every_layer_a_width_of_its_own(make_tiny_config, float_run, tmp_path, monkeypatch):
     monkeypatch.setattr(allocation, "_WIDTHS", (8, 4, 2))
     config = quantizing(make_tiny_config, float_run, recipe=("ranges",))
@@ -100,6 +101,7 @@ def test_size_targets_give_every_layer_a_width_of_its_own(make_tiny_config, floa
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.thorough
 def test_norms_are_folded_on_the_way_in(make_tiny_config, float_run, tmp_path):
     config = quantizing(make_tiny_config, float_run, recipe=("equalization", "ranges", "bias_correction"))
     config.norm, config.weights.bits, config.activations.bits = "folded", 8, 8
@@ -138,6 +140,7 @@ def test_a_quantized_run_is_not_quantized_again(quantized, tmp_path):
         quantize(again, tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_sensitivities_of_a_run(make_tiny_config, float_run):
     config = quantizing(make_tiny_config, float_run)
     rows = measure_sensitivities(config, bits=(8, 2))

@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from qflax.cli import BAD_INPUT, INTERRUPTED
 from qflax.config import load
@@ -90,6 +91,7 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in lines if row["group"] == "train"}, len(lines)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_what_one_does_and_neither_outlives_the_other(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = start(one, devices=4)

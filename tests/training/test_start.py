@@ -29,6 +29,7 @@ def random_run(config, workdir):
     return variables
 
 
+@pytest.mark.thorough
 def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_path):
     """In the layout of the accumulator-aware configurations, from a float run."""
     layout = importlib.import_module("configs.resnet18_w4a4_a2q_plus_12b_cifar10").get_config()
@@ -62,6 +63,7 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
     assert pool.activation_bits == 8
 
 
+@pytest.mark.thorough
 def test_learned_widths_start_where_the_size_targets_hold(tiny_config, tmp_path, monkeypatch):
     """Those of layers whose width is not learned stay as they are."""
     monkeypatch.setattr(allocation, "_WIDTHS", (4, 2))

@@ -98,6 +98,7 @@ def test_several_steps_in_a_dispatch_equal_single_ones(tiny_config, dataset):
         np.testing.assert_allclose(losses, single_losses, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_learned_widths_and_accumulators_go_through_a_loop(tiny_config, dataset):
     learned(tiny_config)
     tiny_config.batch_size = 8
@@ -105,6 +106,7 @@ def test_learned_widths_and_accumulators_go_through_a_loop(tiny_config, dataset)
     assert_same_updates(tiny_config, looped, single, 1e-2)
 
 
+@pytest.mark.thorough
 def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_config, dataset):
     tiny_config.augmentation.crop_padding = 0
     dataset, tiny_config.learning_rate = dataset.part(0, 32), 0.4

@@ -69,6 +69,7 @@ def steps(config, dataset, num_devices, start, end, per_dispatch, state=None):
     return jax.device_get(state), losses
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 def test_streamed_and_resident_sets_train_alike(tiny_config, resident):
     # With partners, of which a device's last one is on the next device.

@@ -39,6 +39,7 @@ def test_training_does_without_it(tiny_config, tmp_path, unreadable):
     assert 0 <= train(tiny_config, tmp_path)["test_accuracy"] <= 1
 
 
+@pytest.mark.thorough
 def test_post_training_quantization_does_without_it(tiny_config, tmp_path, monkeypatch):
     float_config = tiny_config.copy_and_resolve_references()
     float_config.weights = float_config.activations = None
