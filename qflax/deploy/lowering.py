@@ -12,18 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
+from qflax.deploy.call import Call, Comparison, Known, Value, whole
 from qflax.deploy.graph import Constant, Graph, Node
-from qflax.deploy.primitives import (
-    ELEMENTWISE,
-    RULES,
-    TAKING_COMPARISONS,
-    Call,
-    Comparison,
-    Known,
-    Value,
-    learned_format,
-    split,
-)
+from qflax.deploy.moving import split
+from qflax.deploy.primitives import ELEMENTWISE, RULES, TAKING_COMPARISONS, learned_format
 from qflax.deploy.simplify import simplified
 from qflax.errors import require
 from qflax.numerics import PRIMITIVE
@@ -54,12 +46,10 @@ def lower(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) ->
     require(len(traced.out_avals) == 1, f"a function of {len(traced.out_avals)} results: a graph has one")
     used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True], instantiate=True)
     walk = _Walk()
-    (result,) = walk.run(used, _known(traced.consts), [Value("input", (_BATCH, *shape))], "")
+    (result,) = walk.run(used, _known(traced.consts), [Value("input", *[(_BATCH, *shape)] * 2)], "")
     require(not isinstance(result, Comparison), "the function's result is of truths: make numbers of it")
     require(isinstance(result, Value), "the function's result does not depend on its input")
-    if result.stretched:  # Only sums with an array of its shape have that.
-        zeros = np.zeros(result.shape[1:], np.float32)
-        result = walk.emit("add", (result, Known(zeros, zeros.shape)), result.shape, {}, "")
+    result = whole(result, walk.emit, "")
     graph = Graph(
         input="input",
         shape=tuple(shape),
@@ -118,7 +108,7 @@ class _Walk:
         self.nodes.append(
             Node(operation=operation, inputs=names, output=output, attributes=attributes, layer=layer)
         )
-        return Value(output, shape)
+        return Value(output, shape, shape)
 
     def _constant(self, known: Known) -> str:
         of_batch = known.array.ndim and len(known.array) == _BATCH

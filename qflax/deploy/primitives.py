@@ -2,114 +2,16 @@
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qflax.deploy.graph import Format
-from qflax.errors import UserError, require
+from qflax.deploy.call import Call, Comparison, Known, Value
+from qflax.deploy.moving import MOVING, reshaped, sliced
+from qflax.errors import require
 from qflax.numerics import IntegerFormat
-
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """The output of a node, or the input.
-
-    Attributes:
-      name: in the graph.
-      shape: in the traced program.
-      stretched: whether the array in the graph has an axis of 1 where `shape` has more, as operands of
-        elementwise operations may.
-    """
-
-    name: str
-    shape: Shape
-    stretched: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Known:
-    """What does not depend on the input.
-
-    Attributes:
-      array: like `Value`, it may be stretched.
-      shape: in the traced program.
-      format, accumulator_bits: as of `graph.Constant`.
-    """
-
-    array: np.ndarray
-    shape: Shape
-    format: Format | None = None
-    accumulator_bits: int | None = None
-
-    def whole(self) -> np.ndarray:
-        """The array in its full shape."""
-        return np.broadcast_to(self.array, self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What holds where a value is positive; the other way about if it is `negated`."""
-
-    value: Value | Known
-    negated: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        """Of the value."""
-        return self.value.shape
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """An equation, whose inputs have been looked up.
-
-    Attributes:
-      name: of the primitive or of the quantizers' operation.
-      parameters: of the primitive; of an operation its options.
-      inputs: at least one of them a `Value`.
-      shape: of the output.
-      layer: path of the module.
-      emit: makes a node of (operation, inputs, attributes), whose value has the shape given.
-    """
-
-    name: str
-    parameters: dict[str, typing.Any]
-    inputs: list[Value | Known]
-    shape: Shape
-    layer: str
-    emit: typing.Callable[..., Value]
-
-    def node(
-        self, operation: str, *inputs: Value | Known, result: Shape | None = None, **attributes
-    ) -> Value:
-        """A node of this equation, or of a part of it that has the shape `result`."""
-        return self.emit(operation, inputs, self.shape if result is None else result, attributes, self.layer)
-
-    def refuse(self, why: str) -> UserError:
-        """The error for what a graph cannot say."""
-        where = self.layer or "the function"
-        return UserError(
-            f"{where}: cannot be exported: {self.name} {why}; see qflax/deploy/graph.py for what can"
-        )
-
-    def require(self, condition: bool, why: str) -> None:
-        """Raises if not."""
-        if not condition:
-            raise self.refuse(why)
-
-    def whole(self, value: Value | Known) -> Value | Known:
-        """`value`, if it has its full shape in the graph."""
-        if isinstance(value, Known):
-            return dataclasses.replace(value, array=value.whole())
-        self.require(not value.stretched, "of an array that was broadcast")
-        return value
-
 
 ELEMENTWISE = {
     "mul": "multiply",
@@ -134,21 +36,20 @@ def _elementwise(call: Call) -> Value:
     if call.name == "round":
         half_even = call.parameters["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
         call.require(half_even, "away from zero")
-    return _stretched_like(call.inputs, call.node(ELEMENTWISE[call.name], *call.inputs))
+    return call.elementwise(ELEMENTWISE[call.name], *call.inputs)
 
 
 def _power(call: Call) -> Value:
-    exponent = call.parameters["y"]
-    return call.node("power", *call.inputs, exponent=exponent)
+    return call.elementwise("power", *call.inputs, exponent=call.parameters["y"])
 
 
 def _square(call: Call) -> Value:
-    return call.node("multiply", *call.inputs * 2)
+    return call.elementwise("multiply", *call.inputs * 2)
 
 
 def _clamp(call: Call) -> Value:
     low, x, high = call.inputs
-    return call.node("minimum", call.node("maximum", x, low), high)
+    return call.elementwise("minimum", call.elementwise("maximum", x, low), high)
 
 
 def _compare(call: Call) -> Comparison | Known:
@@ -162,16 +63,10 @@ def _compare(call: Call) -> Comparison | Known:
     if isinstance(b, Known) and not np.any(b.array):
         difference = a
     elif isinstance(a, Known) and not np.any(a.array):
-        difference = call.node("negative", b)
+        difference = call.elementwise("negative", b)
     else:
-        difference = call.node("subtract", a, b)
-    return Comparison(_stretched_like(call.inputs, difference), negated=call.name in ("ge", "le"))
-
-
-def _stretched_like(operands: list[Value | Known], value: Value) -> Value:
-    """The result of an elementwise operation."""
-    full = any(isinstance(x, Value) and not x.stretched for x in operands)
-    return value if full else dataclasses.replace(value, stretched=True)
+        difference = call.elementwise("subtract", a, b)
+    return Comparison(difference, negated=call.name in ("ge", "le"))
 
 
 def _not(call: Call) -> Comparison:
@@ -190,7 +85,7 @@ def _select(call: Call) -> Value | Known | Comparison:
         cases = cases[::-1]
     truths = [isinstance(x, Comparison) or isinstance(x, Known) and x.array.dtype == bool for x in cases]
     operands = [which.value, *(_truth(call, x) if any(truths) else x for x in cases)]
-    chosen = _stretched_like(operands, call.node("select", *operands))
+    chosen = call.elementwise("select", *operands)
     return Comparison(chosen) if any(truths) else chosen
 
 
@@ -205,21 +100,24 @@ def _truth(call: Call, x: Comparison | Known) -> Value | Known:
     if isinstance(x, Known):
         return dataclasses.replace(x, array=x.array.astype(np.float32))
     cases = [Known(np.float32(x.negated == negated), ()) for negated in (False, True)]
-    return _stretched_like([x.value], call.node("select", x.value, *cases))
+    return call.elementwise("select", x.value, *cases)
 
 
 def _combine(call: Call) -> Comparison:
-    truths = [_truth(call, x) for x in call.inputs]
-    value = call.node({"and": "minimum", "or": "maximum"}[call.name], *truths)
-    return Comparison(_stretched_like(truths, value))
+    operation = {"and": "minimum", "or": "maximum"}[call.name]
+    return Comparison(call.elementwise(operation, *(_truth(call, x) for x in call.inputs)))
 
 
 def _expm1(call: Call) -> Value:
-    return call.node("subtract", call.node("exp", *call.inputs), Known(np.float32(1), ()))
+    return call.elementwise("subtract", call.elementwise("exp", *call.inputs), Known(np.float32(1), ()))
 
 
 def _log1p(call: Call) -> Value:
-    return call.node("log", call.node("add", *call.inputs, Known(np.float32(1), ())))
+    return call.elementwise("log", call.elementwise("add", *call.inputs, Known(np.float32(1), ())))
+
+
+def _erfc(call: Call) -> Value:
+    return call.elementwise("subtract", Known(np.float32(1), ()), call.elementwise("erf", *call.inputs))
 
 
 def _same(call: Call) -> Value | Known:
@@ -301,12 +199,12 @@ def _dilated(call: Call, x: Value, steps: Sequence[int]) -> Value:
     apart = [n, *(size for pair in zip(sizes, [1] * len(sizes), strict=True) for size in pair), channels]
     filled = [n, *(size for pair in zip(sizes, steps, strict=True) for size in pair), channels]
     padding = tuple((0, after - before) for before, after in zip(apart, filled, strict=True))
-    x = call.node("pad", _reshaped(call, x, tuple(apart)), result=tuple(filled), padding=padding)
+    x = call.node("pad", reshaped(call, x, tuple(apart)), result=tuple(filled), padding=padding)
     dilated = [size * step for size, step in zip(sizes, steps, strict=True)]
-    x = _reshaped(call, x, (n, *dilated, channels))
+    x = reshaped(call, x, (n, *dilated, channels))
     ends = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
     shape = (n, *ends, channels)
-    return _sliced(call, x, (0,) * len(shape), shape, (1,) * len(shape), shape)
+    return sliced(call, x, (0,) * len(shape), shape, (1,) * len(shape), shape)
 
 
 def _as_image(call: Call, operation: str, x: Value, *kernel: Known, **attributes) -> Value:
@@ -316,12 +214,12 @@ def _as_image(call: Call, operation: str, x: Value, *kernel: Known, **attributes
     n, *rest = x.shape
     y = call.node(
         operation,
-        _reshaped(call, x, (n, 1, *rest)),
+        reshaped(call, x, (n, 1, *rest)),
         *kernel,
         result=(n, 1, *call.shape[1:]),
         **attributes,
     )
-    return _reshaped(call, y, call.shape)
+    return reshaped(call, y, call.shape)
 
 
 def _dot(call: Call) -> Value:
@@ -337,7 +235,7 @@ def _dot(call: Call) -> Value:
     other = _as_matrices(call, other, batch[1], contracted[1], last=False)
     shape = (*x.shape[:-1], other.shape[-1])
     product = call.node("dense", x, other, result=shape)
-    return product if shape == call.shape else _reshaped(call, product, call.shape)
+    return product if shape == call.shape else reshaped(call, product, call.shape)
 
 
 def _as_matrices(call: Call, x: Value | Known, batch, contracted, *, last: bool) -> Value | Known:
@@ -357,7 +255,7 @@ def _as_matrices(call: Call, x: Value | Known, batch, contracted, *, last: bool)
         return dataclasses.replace(x, array=x.array.transpose(order).reshape(shape), shape=shape)
     if order != tuple(range(len(order))):
         x = call.node("transpose", x, result=ordered, permutation=order)
-    return x if shape == ordered else _reshaped(call, x, shape)
+    return x if shape == ordered else reshaped(call, x, shape)
 
 
 def _window(call: Call) -> Value:
@@ -385,77 +283,12 @@ def _reduce(call: Call) -> Value:
     return call.node(operation, call.whole(call.inputs[0]), axes=axes)
 
 
-def _pad(call: Call) -> Value:
-    x, value = call.inputs
-    config = [tuple(side) for side in call.parameters["padding_config"]]
-    zeros = isinstance(value, Known) and not np.any(value.array)
-    plain = all(low >= 0 and high >= 0 and interior == 0 for low, high, interior in config)
-    call.require(zeros and plain and config[0] == (0, 0, 0), "with other values than zeros around")
-    return call.node("pad", call.whole(x), padding=tuple(side[:2] for side in config))
-
-
-def _slice(call: Call) -> Value:
-    p, x = call.parameters, call.whole(call.inputs[0])
-    starts, limits = p["start_indices"], p["limit_indices"]
-    strides = p["strides"] or (1,) * len(starts)
-    return _sliced(call, x, starts, limits, strides, call.shape)
-
-
-def _sliced(call, x, starts, limits, strides, shape) -> Value:
-    call.require(starts[0] == 0 and limits[0] == x.shape[0] and strides[0] == 1, "of the batch")
-    stops = tuple(None if limit == n else int(limit) for limit, n in zip(limits, x.shape, strict=True))
-    start, step = tuple(map(int, starts)), tuple(map(int, strides))
-    return call.node("slice", x, result=shape, start=start, stop=stops, step=step)
-
-
-def split(call: Call) -> list[Value]:
-    """The only primitive with several outputs."""
-    x, axis, outputs, first = call.whole(call.inputs[0]), call.parameters["axis"], [], 0
-    for size in call.parameters["sizes"]:
-        starts = [0] * len(x.shape)
-        limits = list(x.shape)
-        starts[axis], limits[axis] = first, first + size
-        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        outputs.append(_sliced(call, x, starts, limits, [1] * len(starts), shape))
-        first += size
-    return outputs
-
-
-def _reshape(call: Call) -> Value:
-    return _reshaped(call, call.whole(call.inputs[0]), call.shape)
-
-
-def _reshaped(call: Call, x: Value, shape: Shape) -> Value:
-    batch = x.shape[0]
-    call.require(shape[0] == batch, "mixes the batch with other axes")
-    return call.node("reshape", x, result=shape, shape=(-1, *shape[1:]))
-
-
-def _broadcast(call: Call) -> Value | Comparison:
-    if isinstance(call.inputs[0], Comparison):
-        x = call.inputs[0]
-        return dataclasses.replace(x, value=_broadcast(dataclasses.replace(call, inputs=[x.value])))
-    x, axes = call.inputs[0], call.parameters["broadcast_dimensions"]
-    if len(call.shape) == len(x.shape) and not x.stretched:
-        return dataclasses.replace(x, shape=call.shape, stretched=x.shape != call.shape)
-    call.require(len(axes) and axes[0] == 0, "moves the batch")
-    sizes = [1] * len(call.shape)
-    for axis, n in zip(axes, call.whole(x).shape, strict=True):
-        sizes[axis] = n
-    value = _reshaped(call, x, tuple(sizes))
-    return dataclasses.replace(value, shape=call.shape, stretched=tuple(sizes) != call.shape)
-
-
-def _transpose(call: Call) -> Value:
-    permutation = tuple(call.parameters["permutation"])
-    call.require(permutation[0] == 0, "moves the batch")
-    return call.node("transpose", call.whole(call.inputs[0]), permutation=permutation)
-
-
-def _concatenate(call: Call) -> Value:
-    axis = call.parameters["dimension"]
-    call.require(axis != 0, "along the batch")
-    return call.node("concatenate", *map(call.whole, call.inputs), axis=axis)
+def _least(call: Call) -> Value:
+    """By the largest of the negative: reduce_min, reduce_window_min."""
+    (x,) = call.inputs
+    name = call.name.replace("min", "max")
+    negative = call.node("negative", call.whole(x), result=x.shape)
+    return call.node("negative", RULES[name](dataclasses.replace(call, name=name, inputs=[negative])))
 
 
 # What a comparison may go into.
@@ -471,6 +304,7 @@ RULES = {
     **dict.fromkeys(("and", "or"), _combine),
     "expm1": _expm1,
     "log1p": _log1p,
+    "erfc": _erfc,
     "select_n": _select,
     "convert_element_type": _convert,
     "stop_gradient": _same,
@@ -485,12 +319,7 @@ RULES = {
     "reduce_window_sum": _window,
     "reduce_sum": _reduce,
     "reduce_max": _reduce,
-    "pad": _pad,
-    "slice": _slice,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "expand_dims": _reshape,
-    "broadcast_in_dim": _broadcast,
-    "transpose": _transpose,
-    "concatenate": _concatenate,
+    "reduce_min": _least,
+    "reduce_window_min": _least,
+    **MOVING,
 }

@@ -36,8 +36,10 @@ _KEEPING_SIGN = (
 )
 _NONNEGATIVE = ("exp", "abs", "logistic", "square")
 _MOVING = (
-    *("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "broadcast_in_dim", "copy", "pvary"),
+    *("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "split", "broadcast_in_dim", "tile"),
+    *("copy", "pvary"),
 )
+_JOINING = ("concatenate", "stack")
 _LARGEST = ("reduce_max", "reduce_window_max")
 _JAX = os.path.dirname(jax.__file__) + os.sep
 _TAKES_AVAL = "aval" in inspect.signature(core.Tracer.__init__).parameters
@@ -328,7 +330,9 @@ def _nonnegative(name: str, operands: Sequence, params: dict) -> bool:
         return any(signs)
     if name == "select_n":
         return all(signs[1:])
-    return all(signs) and name in (*_KEEPING_SIGN, *_MOVING, "concatenate", "pad", "convert_element_type")
+    if name == "gather":  # The other operand is indices.
+        return signs[0]
+    return all(signs) and name in (*_KEEPING_SIGN, *_MOVING, *_JOINING, "pad", "convert_element_type")
 
 
 def _is_nonnegative(x: typing.Any) -> bool:
@@ -347,8 +351,8 @@ def _as_constant(x: jax.Array) -> jax.Array | np.ndarray:
     return np.asarray(x) if x.size == 1 and not jnp.issubdtype(x.dtype, jax.dtypes.extended) else x
 
 
-def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict) -> QuantizedArray | None:
-    """The result on the operands' grid, where it lies there."""
+def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict) -> typing.Any:
+    """The result, or the results, on the operands' grid, where it lies there; else None."""
     arrays = [payload_of(x) for x in operands]
     x = arrays[0]
     if not isinstance(x, QuantizedArray) or x.scale.ndim:
@@ -357,8 +361,11 @@ def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict
     def bind(*values):
         return primitive.bind(*vary_alike(*values), **params)
 
-    if name in _MOVING and len(arrays) == 1:
-        return x.replace(value=bind(x.value), unscaled=bind(x.unscaled))
+    if name in _MOVING and len(arrays) == 1 or name == "gather":
+        moved = bind(x.value, *arrays[1:]), bind(x.unscaled, *arrays[1:])
+        pairs = zip(*moved, strict=True) if primitive.multiple_results else [moved]
+        results = [x.replace(value=value, unscaled=unscaled) for value, unscaled in pairs]
+        return results if primitive.multiple_results else results[0]
     if name in _LARGEST and len(arrays) == 1:
         largest = bind(x.unscaled)
         return x.replace(value=product(largest, jax.lax.stop_gradient(x.scale)), unscaled=largest)
@@ -370,6 +377,6 @@ def _kept(name: str, primitive: core.Primitive, operands: Sequence, params: dict
     if name == "pad" and _constant(operands[1]) == 0:
         return x.replace(value=bind(x.value, arrays[1]), unscaled=bind(x.unscaled, arrays[1]))
     same = all(isinstance(y, QuantizedArray) and y.scale is x.scale and y.format is x.format for y in arrays)
-    if name == "concatenate" and same:
+    if name in _JOINING and same:
         return x.replace(value=bind(*(y.value for y in arrays)), unscaled=bind(*(y.unscaled for y in arrays)))
     return None

@@ -105,6 +105,16 @@ def test_a_width_that_is_still_learned_is_told_of():
         lambda x: nn.max_pool(x[:, 0], (2,), (2,)) - nn.avg_pool(x[:, 1], (2,), (2,)),
         lambda x: jnp.broadcast_to(x.max(-1, keepdims=True), x.shape),
         lambda x: jnp.tanh(jnp.broadcast_to(jnp.sum(x, (1, 2))[:, None], (len(x), 5, 8))),
+        lambda x: jnp.square(jnp.broadcast_to(x[:, :1], x.shape)).reshape(len(x), -1),
+        lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 3, 2) + 1,
+        lambda x: jnp.stack([x, jnp.tile(x[:, :1], (1, 6, 1, 1)), -x], 2),
+        lambda x: jax.nn.gelu(x, approximate=False) + x.min((1, 2), keepdims=True),
+        lambda x: nn.pooling.min_pool(x, (2, 2), (2, 2)) - x[:, 1, None, 2, None].min(-1, keepdims=True),
+        lambda x: jax.image.resize(x, (len(x), 12, 4, 8), "nearest")[..., jnp.array([2, 3, 4, 0, 7, 7])],
+        lambda x: (
+            jax.image.resize(x, (len(x), 4, 7, 8), "nearest")
+            * jnp.take(x, jnp.array([1, 4, 2, 5]), 1)[:, :, :1]
+        ),
     ],
 )
 def test_plain_functions(function):
@@ -129,6 +139,10 @@ def test_plain_functions(function):
         (lambda x: jax.lax.conv(x, x[:1], (1, 1), "SAME"), "slice of the batch"),
         (lambda x: jax.lax.conv(x, X[:1, :, :3, :3], (1, 1), [(0, 0), (0, 0)]), "is not NHWC"),
         (lambda x: nn.Conv(6, (3,), padding=((0, -1),)).apply({"params": ALONG}, x[:, 1, :, :4]), "crops"),
+        (lambda x: jnp.take(x, jnp.array([0, 1]), axis=0), "gather along the batch"),
+        (lambda x: jnp.arange(9.0)[jnp.floor(x).astype(int)], "to int32"),
+        (lambda x: jnp.take(x, jnp.array([8]), axis=1), "gather of places that are not there"),
+        (lambda x: jnp.tile(x, (2, 1, 1, 1)), "tile along the batch"),
         (lambda x: jnp.ones((2, 3)), "does not depend on its input"),
         (lambda x: (x, x), "2 results"),
     ],

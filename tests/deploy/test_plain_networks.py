@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +34,20 @@ class Sequences(nn.Module):
         return nn.Dense(5)(x.reshape(len(x), -1))
 
 
-SHAPES = {Images: (8, 8, 3), Sequences: (16, 3)}
+class Upwards(nn.Module):
+    """To a larger image and back, by halves of the channels in another order."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = jax.image.resize(x, (len(x), 8, 8, 4), "nearest")
+        left, right = jnp.split(nn.relu(nn.Conv(8, (3, 3))(x)), 2, axis=-1)
+        x = jnp.stack([right, left], -1)[..., np.array([3, 0, 1]), :].min(1)
+        return nn.Dense(5)(x.reshape(len(x), -1))
+
+
+SHAPES = {Images: (8, 8, 3), Sequences: (16, 3), Upwards: (4, 4, 3)}
+LAYERS = {Images: 5, Sequences: 4, Upwards: 3}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -51,7 +65,7 @@ def test_it_is_exported_and_verified(network, form, tmp_path):
     file = tmp_path / f"net.{form}"
     export(function, variables, SHAPES[kind], file, format=form)
     report = verify(file)
-    assert report.ok and len(report.integer_layers) == (5 if kind is Images else 4)
+    assert report.ok and len(report.integer_layers) == LAYERS[kind]
     expected = np.asarray(jax.jit(function)(variables, x))
     # Elementary functions differ in the last bit, and then the odd code by one; the others do not.
     atol = 0.02 * np.abs(expected).max() if kind is Images else 1e-6

@@ -126,7 +126,10 @@ def test_layer_behind_operations_that_move_values_multiplies_codes():
         def __call__(self, x):
             x = nn.relu(nn.Conv(4, (3, 3))(x))
             x = jnp.pad(nn.max_pool(x, (2, 2), (2, 2)), ((0, 0), (1, 1), (0, 0), (0, 0)))
-            x = jnp.concatenate([x, x[:, ::-1]], axis=-1).swapaxes(1, 2).reshape(len(x), -1)
+            x = jnp.concatenate([x, x[:, ::-1]], axis=-1).swapaxes(1, 2)
+            first, second = jnp.split(x, 2, axis=1)
+            x = jnp.tile(jnp.stack([first, second], 1)[..., jnp.array([3, 0, 0])], (1, 1, 1, 2, 1))
+            x = jnp.take(x, np.array([0, 1, 1]), axis=2).reshape(len(x), -1)
             return nn.Dense(3)(x)
 
     model = quantize(
