@@ -76,7 +76,7 @@ def _checked(
     if images is not None:
         classes, seen = _measure(network, analysis, images, labels)
         accuracy = float(np.mean(np.equal(classes, labels)))
-        if network.probe is None:
+        if network.inputs is None:
             notes.append("the file does not tell the range of its inputs: images were spread over 0 ... 1")
     rows = [_layer_report(layer, seen.get(layer), failures) for layer in analysis.layers]
     rows += [_float_report(network, node, failures, require_proof) for node in analysis.float_layers]
@@ -157,11 +157,11 @@ def _compare_with_trained(
             sums[index] = sums.get(index, 0.0) + float(array.astype(np.float64).sum())
 
     y = run(network, x, observe).reshape(probe.outputs.shape)
-    result, difference, same = _compared(y, probe.outputs, analysis)
-    different = min(
-        (index for index, value in probe.sums.items() if sums.get(index, value) != value), default=None
-    )
-    if not same or different is not None and not analysis.inexact:
+    result, difference, same = _compared(y, probe.outputs, network, analysis)
+    other = [index for index, value in probe.sums.items() if sums.get(index, value) != value]
+    certain = [index for index in other if network.nodes[index].output not in analysis.doubtful]
+    different = min(certain or other, default=None)
+    if not same or certain:
         where = ""
         if probe.sums:
             where = f"; first different in {_place(network, different)}"
@@ -169,14 +169,19 @@ def _compare_with_trained(
     return result, difference
 
 
-def _compared(y: np.ndarray, expected: np.ndarray, analysis: Analysis) -> tuple[str, float, bool]:
+def _compared(
+    y: np.ndarray, expected: np.ndarray, network: Network, analysis: Analysis
+) -> tuple[str, float, bool]:
     """In words, the largest difference, and whether it is small enough."""
-    with np.errstate(invalid="ignore"):  # Of infinite outputs.
-        difference = float(np.abs(y.astype(np.float64) - expected).max())
+    finite = np.isfinite(y) & np.isfinite(expected)
+    if not np.array_equal(y[~finite], expected[~finite], equal_nan=True):
+        return f"{len(y)} examples, other outputs are not finite", float("nan"), False
+    y, expected = (np.where(finite, array, 0).astype(np.float64) for array in (y, expected))
+    difference = float(np.abs(y - expected).max())
     if difference == 0:
         return f"{len(y)} examples, all outputs are equal", difference, True
     text = f"{len(y)} examples, largest difference {difference:.3g}"
-    if not analysis.inexact:
+    if network.output not in analysis.doubtful:
         return f"{text}, though all arithmetic is exact", difference, False
     limit = TOLERANCE * float(np.abs(expected).max())
     node = analysis.inexact[0]
@@ -204,7 +209,7 @@ def _compare_with_package(
 ) -> None:
     """Executes the file with another package too, if it is there."""
     package = qonnx.executor(network.path)
-    low, high = (network.probe.low, network.probe.high) if network.probe else _UNIT
+    low, high = network.inputs or _UNIT
     count = len(network.probe.outputs) if network.probe else 2
     x = probe_inputs(count, network.shape, low, high)
     try:
@@ -215,7 +220,7 @@ def _compare_with_package(
     except Exception as error:  # Whatever another program may raise.
         failures.append(f"{package} cannot execute the file: {one_line(repr(error))}")
         return
-    result, _, same = _compared(run(network, x).reshape(len(x), -1), y.reshape(len(x), -1), analysis)
+    result, _, same = _compared(run(network, x).reshape(len(x), -1), y.reshape(len(x), -1), network, analysis)
     (notes if same else failures).append(f"executed with {package}: {result}")
 
 
@@ -224,11 +229,14 @@ def _measure(
 ) -> tuple[tuple[int, ...], dict[IntegerLayer, tuple[int, int]]]:
     """The class of every image, and the least and greatest sum of every layer of integers."""
     require(
-        images.dtype == np.uint8 and images.shape[1:] == network.shape and len(images) == len(labels) > 0,
+        images.dtype == np.uint8
+        and images.shape[1:] == network.shape
+        and np.shape(labels) == (len(images),)
+        and len(images) > 0,
         f"{network.path}: takes images of {list(network.shape)}, uint8, with a label each; "
-        f"the data has {images.dtype} {list(images.shape)} and {len(labels)} labels",
+        f"the data has {images.dtype} {list(images.shape)} and labels {list(np.shape(labels))}",
     )
-    low, high = (network.probe.low, network.probe.high) if network.probe else _UNIT
+    low, high = network.inputs or _UNIT
     owners = {number: layer for layer in analysis.layers for number in layer.outputs}
     seen: dict[IntegerLayer, list[int]] = {}
 

@@ -38,8 +38,11 @@ def run(
         x.shape[1:] == network.shape,
         f"{network.path}: an input of {list(x.shape[1:])} was given; it takes {list(network.shape)}",
     )
-    parts = [x[i : i + network.examples] for i in range(0, max(1, len(x)), network.examples)]
-    return np.concatenate([_run(network, part, observe) for part in parts])
+    count, step = len(x), network.examples
+    if not network.apart:  # As many as the file declares, always.
+        x = np.concatenate([x, np.zeros((-count % step, *network.shape), x.dtype)])
+    parts = [x[i : i + step] for i in range(0, max(1, len(x)), step)]
+    return np.concatenate([_run(network, part, observe) for part in parts])[:count]
 
 
 def _run(network: "Network", x: np.ndarray, observe: Callable[[int, np.ndarray], None] | None) -> np.ndarray:

@@ -9,6 +9,10 @@ import numpy as np
 from qflax.verify.executor import EXACT_FLOAT32
 from qflax.verify.formats import Format, IntegerFormat
 
+# Up to here an integer times a scale, in float32, is rounded to no neighbour's product, a few times over.
+_SURE = 2**22
+_ROUNDED = 1e-6  # Relative, of a scale: some roundings of float32.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
@@ -48,6 +52,29 @@ class Grid:
         """Whether float32 holds all of the values, being integers."""
         return self.plain and max(-self.low, self.high) <= EXACT_FLOAT32
 
+    def shares_scale_with(self, other: "Grid") -> bool:
+        """Whether both have the same scale, but for what float32 makes of it for integers of this size."""
+        if self.plain or other.plain:
+            return self.plain and other.plain
+        difference = np.max(np.abs(self.scale / other.scale - 1))
+        largest = max(-self.low, self.high, -other.low, other.high)
+        return bool(difference <= _ROUNDED and difference * largest < 0.25)
+
+    def rounded(self) -> "Grid":
+        """With room for what float32 rounds such numbers to."""
+        if not self.bounded or max(-self.low, self.high) <= _SURE:
+            return self
+        if not self.plain:
+            return self.blurred()
+        return dataclasses.replace(self, low=-_float32_from(-self.low), high=_float32_from(self.high))
+
+    def blurred(self) -> "Grid":
+        """With room for some roundings of what is behind a scale."""
+        if not self.bounded or max(-self.low, self.high) <= _SURE:
+            return self
+        low, high = (abs(end) // _SURE + 1 for end in (self.low, self.high))
+        return dataclasses.replace(self, low=self.low - low, high=self.high + high)
+
     def within(self, low: int, high: int) -> "Grid":
         """Values that were made of these, on the same grid; without what only these are."""
         return Grid(low=low, high=high, scale=self.scale)
@@ -56,6 +83,12 @@ class Grid:
         """The same integers elsewhere: `move` takes an array that broadcasts against the values with them."""
         channels = None if self.channels is None else move(self.channels)
         return dataclasses.replace(self, scale=move(self.scale), channels=channels)
+
+
+def _float32_from(integer: int) -> int:
+    """The least float32 number that is not below it."""
+    nearest = np.float32(integer)
+    return int(nearest if int(nearest) >= integer else np.nextafter(nearest, np.float32(np.inf)))
 
 
 WHOLE = Grid(low=-math.inf, high=math.inf)

@@ -9,8 +9,9 @@ import numpy as np
 
 from qflax.errors import one_line
 from qflax.untrusted import ELEMENTS, TOTAL, size_of
+from qflax.verify.examples import keeps_apart
 from qflax.verify.executor import evaluate
-from qflax.verify.formats import Format
+from qflax.verify.formats import Format, IntegerFormat
 from qflax.verify.limits import WORK, cost
 from qflax.verify.probe import Probe
 
@@ -26,6 +27,8 @@ class Node:
       attributes: of the operation.
       layer: name for people: a path of modules, or the name in the file.
       promised: width of the accumulator that a conv's or dense's kernel was made for, or None.
+      stored: type that the file has the value in, where it is computed in that: beyond it wraps around.
+      loose: whether programs differ in how they round it.
     """
 
     operation: str
@@ -34,6 +37,8 @@ class Node:
     attributes: dict[str, typing.Any]
     layer: str
     promised: int | None = None
+    stored: IntegerFormat | None = None
+    loose: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +56,8 @@ class Network:
       shapes: of every value, for as many examples as the file declares.
       probe: what the trained network answered; None in files of other tools.
       examples: how many are executed at once.
+      apart: whether an example's outputs do not depend on the others that are executed with it.
+      inputs: least and greatest number of the input, or None where the file does not tell.
     """
 
     path: pathlib.Path
@@ -63,6 +70,8 @@ class Network:
     shapes: dict[int, tuple[int, ...]]
     probe: Probe | None
     examples: int
+    apart: bool
+    inputs: tuple[float, float] | None
 
 
 class Builder:
@@ -78,14 +87,18 @@ class Builder:
         self.nodes: list[Node] = []
         self.constants: dict[int, Format | None] = {}
         self.fixed: dict[int, np.ndarray] = {}
+        self.mixing: Node | None = None  # The first one that does something across examples.
         self._largest, self._work, self._kept = size_of((batch, *self.shape)), 0, 0
         self._values = [_zeros((batch, *self.shape))]
 
     def constant(self, array: np.ndarray, format: Format | None = None) -> int:
-        """Number of a new constant."""
+        """Number of a new constant; ValueError for integers that float32 does not hold."""
         size_of(array.shape, least=0)
         with np.errstate(over="ignore"):
-            number = self._add(np.asarray(array, np.float32), fixed=True)
+            numbers = np.asarray(array, np.float32)
+        if isinstance(format, IntegerFormat) and not np.array_equal(numbers.astype(np.float64), array):
+            raise ValueError("integers that float32 does not hold, beyond 2^24")
+        number = self._add(numbers, fixed=True)
         self.constants[number] = format
         return number
 
@@ -95,6 +108,8 @@ class Builder:
         inputs: Sequence[int],
         layer: str = "",
         promised: int | None = None,
+        stored: IntegerFormat | None = None,
+        loose: bool = False,
         **attributes: typing.Any,
     ) -> int:
         """Number of a new node's output."""
@@ -113,15 +128,32 @@ class Builder:
             attributes=attributes,
             layer=one_line(layer),
             promised=promised,
+            stored=stored,
+            loose=loose,
         )
         self.nodes.append(node)
+        if number not in self.fixed and not keeps_apart(
+            operation,
+            [array.shape for array in arrays],
+            [i in self.fixed for i in inputs],
+            value.shape,
+            attributes,
+        ):
+            self.mixing = self.mixing or node
         return number
 
     def shape_of(self, number: int) -> tuple[int, ...]:
         """Of a value."""
         return self._values[number].shape
 
-    def network(self, path: pathlib.Path, dialect: str, output: int, probe: Probe | None) -> Network:
+    def network(
+        self,
+        path: pathlib.Path,
+        dialect: str,
+        output: int,
+        probe: Probe | None,
+        inputs: tuple[float, float] | None = None,
+    ) -> Network:
         """What was built; ValueError if the output does not have the examples of the input."""
         if self.shape_of(output)[:1] != (self.batch,) or 0 in self.shape_of(output):
             raise ValueError(f"output {list(self.shape_of(output))} of {self.batch} example")
@@ -138,7 +170,9 @@ class Builder:
             fixed=self.fixed,
             shapes={number: value.shape for number, value in enumerate(self._values)},
             probe=probe,
-            examples=max(1, self.batch * ELEMENTS // self._largest),
+            examples=self.batch if self.mixing else max(1, self.batch * ELEMENTS // self._largest),
+            apart=self.mixing is None,
+            inputs=(probe.low, probe.high) if probe else inputs,
         )
 
     def _add(self, value: np.ndarray, fixed: bool) -> int:
@@ -146,10 +180,14 @@ class Builder:
         number = len(self._values) - 1
         if fixed:
             self.fixed[number] = value
-            self._kept += value.size
-            if self._kept > TOTAL:
-                raise ValueError(f"constants of more than {TOTAL:,} elements together")
+            self.keep(value.size)
         return number
+
+    def keep(self, size: int) -> None:
+        """Counts elements that are kept while the file is read."""
+        self._kept += size
+        if self._kept > TOTAL:
+            raise ValueError(f"constants of more than {TOTAL:,} elements together")
 
     def _require_work(self, times: int) -> None:
         if self._work * times > WORK:

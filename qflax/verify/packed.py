@@ -98,6 +98,9 @@ def _network(path: pathlib.Path, graph: dict, data: dict[str, bytes]) -> Network
         if output <= len(builder.constants):
             raise ValueError(f"{output} is not the output of a node")
         network = builder.network(path, "packed", output, probe)
+        if builder.mixing:
+            at.place = f"node {builder.nodes.index(builder.mixing)}"
+            raise ValueError(f"{builder.mixing.operation} does not keep the examples of a batch apart")
         at.place = "metadata: probe"
         _check_probe(network)
     return network

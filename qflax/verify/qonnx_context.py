@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qflax.verify.formats import IntegerFormat
+from qflax.verify.executor import OPERATIONS
+from qflax.verify.formats import Format, IntegerFormat
+from qflax.verify.limits import cost
 from qflax.verify.network import Builder
 
 _ROUNDINGS = {
@@ -28,26 +30,30 @@ class Context:
       arrays: name -> array of its own dtype, of initializers and Constants.
       choices: name -> number of what is positive where a comparison holds, whose own result, 1 or 0, is no
         value; and whether that is 1 or -1.
+      types: name -> dtype of what depends on the input, in the file.
       inputs: names; "" of an optional one that is left out.
       output: name.
       attributes: by name.
       layer: name of the node for people.
-      promised: accumulator bits, or None.
+      promised, stored, loose: of the nodes that it becomes, see `network.Node`.
     """
 
     def __init__(
         self,
-        builder: Builder,
+        builder: "Builder | Folder",
         values: dict[str, int],
         arrays: dict[str, np.ndarray],
         choices: dict[str, tuple[int, bool]],
+        types: dict[str, np.dtype],
         node,
         promised: int | None = None,
     ):
         from onnx import helper
 
         self.builder, self.values, self.arrays, self.promised = builder, values, arrays, promised
-        self.choices = choices
+        self.choices, self.types = choices, types
+        self.stored: IntegerFormat | None = None
+        self.loose = False
         self.inputs, self.output, self.layer = list(node.input), node.output[0], node.name or node.output[0]
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
@@ -99,9 +105,16 @@ class Context:
         fmt = integer_type(array.dtype) if array.dtype.name in _INTEGERS else None
         return self.builder.constant(array, fmt)
 
+    def type_of(self, index: int) -> np.dtype:
+        """Of an input, in the file."""
+        name = self.inputs[index]
+        return self.arrays[name].dtype if name in self.arrays else self.types[name]
+
     def node(self, operation: str, *inputs: int, **attributes: typing.Any) -> int:
         """Number of a new node's output."""
-        return self.builder.node(operation, inputs, self.layer, **attributes)
+        return self.builder.node(
+            operation, inputs, self.layer, stored=self.stored, loose=self.loose, **attributes
+        )
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of a value."""
@@ -147,3 +160,40 @@ def integer_type(dtype: np.dtype) -> IntegerFormat:
         raise ValueError(f"{dtype.name} is no type of integers; known are {', '.join(_INTEGERS)}")
     bits, signed = _INTEGERS[dtype.name]
     return IntegerFormat.of(bits, signed=signed, narrow=False)
+
+
+class Folder:
+    """In a builder's place where all is constant, and keeps its types.
+
+    Attributes:
+      batch: there is none.
+      fixed: all values.
+    """
+
+    def __init__(self):
+        self.batch, self.fixed = None, {}
+
+    def constant(self, array: np.ndarray, format: Format | None = None) -> int:
+        """Number of a constant."""
+        del format
+        self.fixed[len(self.fixed)] = np.asarray(array)
+        return len(self.fixed) - 1
+
+    def node(
+        self,
+        operation: str,
+        inputs: Sequence[int],
+        layer: str,
+        stored: IntegerFormat | None = None,
+        loose: bool = False,
+        **attributes: typing.Any,
+    ) -> int:
+        """Number of what an operation gives that moves numbers."""
+        del layer, stored, loose
+        arrays = [self.fixed[i] for i in inputs]
+        cost(operation, [array.shape for array in arrays], attributes)
+        return self.constant(OPERATIONS[operation](*arrays, **attributes))
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """Of a value."""
+        return self.fixed[number].shape

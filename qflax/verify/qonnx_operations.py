@@ -10,6 +10,15 @@ from qflax.verify.onnx_file import array_of
 from qflax.verify.qonnx_context import Context
 
 SUMS = ("Conv", "MatMul", "Gemm")  # Operations with an accumulator.
+LOOSE = ("BatchNormalization",)  # Programs differ in the order of what they compute.
+MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Concat", "Identity")
+WRAPPING = ("Add", "Sub", "Mul", "Neg", "Abs", "ReduceSum", "MatMul")  # Of integers, beyond their type.
+# Of integers they give what they give of the same numbers in float32.
+WHOLE = (
+    *MOVING,
+    *("Clip", "Max", "Min", "Relu", "MaxPool", "ReduceMax", "Sign", "Pad", "Dropout"),
+    *("Where", "Greater", "GreaterOrEqual", "Constant", "Cast", "DequantizeLinear"),
+)
 _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -260,6 +269,7 @@ def _slice(c: Context) -> int:
     start, stop, step = [0] * len(shape), [None] * len(shape), [1] * len(shape)
     for axis, first, last, stride in zip(axes, starts, ends, steps, strict=True):
         beyond = last >= shape[axis] if stride > 0 else last < -shape[axis]
+        first = max(first, -shape[axis])
         start[axis], stop[axis], step[axis] = first, None if beyond else last, stride
     return c.node("slice", c.value(0), start=tuple(start), stop=tuple(stop), step=tuple(step))
 

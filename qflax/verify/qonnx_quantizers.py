@@ -84,7 +84,7 @@ def _along_axis(c: Context, index: int) -> int:
     return c.builder.constant(array)
 
 
-def _stored_type(c: Context) -> IntegerFormat:
+def _stored_dtype(c: Context) -> np.dtype:
     """Of what QuantizeLinear gives: that of its zero point, or `output_dtype`."""
     from onnx import helper
 
@@ -93,18 +93,19 @@ def _stored_type(c: Context) -> IntegerFormat:
     types += [helper.tensor_dtype_to_np_dtype(asked)] if asked else []
     if types[1:] and types[0] != types[1]:
         raise ValueError(f"output_dtype is {types[1]}, and the zero point {types[0]}")
-    return integer_type(types[0] if types else np.dtype(np.uint8))
+    return np.dtype(types[0] if types else np.uint8)
 
 
 def quantize_linear(c: Context) -> int:
     """Integers with their zero point, as ONNX stores them."""
-    fmt = _stored_type(c)
+    fmt = integer_type(_stored_dtype(c))
     zero_point = _along_axis(c, 2) if c.has(2) else c.constant(np.float32(0))
     # Rounded before the zero point is added, other than in Quant.
     rounded = c.node("round", c.node("divide", c.value(0), _along_axis(c, 1)))
     codes = c.node(
         "quantize", rounded, c.constant(np.float32(1)), zero_point, format=fmt, rounding="half_even"
     )
+    c.types[c.output] = _stored_dtype(c)
     return c.node("add", codes, zero_point)
 
 
@@ -117,18 +118,25 @@ def dequantize_linear(c: Context) -> int:
     x = c.value(0)
     if c.has(2) and c.array(2).any():
         x = c.node("subtract", x, _along_axis(c, 2))
+    c.types[c.output] = np.dtype(np.float32)
     return c.node("multiply", x, _along_axis(c, 1))
 
 
 def cast(c: Context) -> int | None:
-    """To an integer type: rounded toward zero and clipped; to other types only where no value changes."""
+    """To an integer type: floats rounded toward zero and clipped, integers if they fit; else to float32."""
     from onnx import helper
 
     dtype = helper.tensor_dtype_to_np_dtype(c.attribute("to"))
     if c.inputs[0] in c.arrays:
         c.arrays[c.output] = c.arrays[c.inputs[0]].astype(dtype)
         return None
-    if dtype in (np.float32, np.float64):
+    before, c.types[c.output] = c.type_of(0), dtype
+    if dtype == np.float32:
         return c.value(0)
+    if dtype.kind == "f":
+        raise ValueError(f"to {dtype}: float32 and integers are supported")
+    if before != np.float32:
+        c.stored = integer_type(dtype)
+        return c.node("round", c.value(0))
     one, zero = c.constant(np.float32(1)), c.constant(np.float32(0))
     return c.node("quantize", c.value(0), one, zero, format=integer_type(dtype), rounding="toward_zero")

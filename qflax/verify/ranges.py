@@ -25,7 +25,8 @@ from qflax.verify.grid import (
 from qflax.verify.limits import MALFORMED
 from qflax.verify.network import Network, Node
 
-_LARGEST = 2**128  # float32 holds no larger numbers.
+_LARGEST = 2.0**127  # Some float32 numbers are larger, but none twice as large.
+_SMALLEST_SCALE = 2.0**-126  # Below it float32 has fewer bits.
 _WIDEST_INPUT = 2**62  # Times weights and their number, that is a number of float32 still.
 _CERTAIN = 2**20  # Times a scale, in float32, that is rounded to no neighbour's product.
 _KEPT = 2**24  # Elements of all scales together.
@@ -39,7 +40,8 @@ class Analysis:
       layers: convolutions and dense layers of integers.
       float_layers: the others.
       inexact: nodes whose last bit depends on who executes them: sums of what is not integers, or of more
-        than float32 holds, and elementary functions.
+        than float32 holds, elementary functions, and what is `loose`.
+      doubtful: numbers of values that are made of what these give.
 
     Raises:
       UserError: for weights that are no integers of exact sums, and for what a file should not have.
@@ -52,19 +54,28 @@ class Analysis:
         self.layers: list[IntegerLayer] = []
         self.float_layers: list[Node] = []
         self.inexact: list[Node] = []
+        self.doubtful: set[int] = set()
         self._biases, self._kept = Biases(), 0
         for number, fmt in network.constants.items():
             self._set(number, constant_grid(network.fixed[number], fmt))
         for node in network.nodes:
+            known = len(self.inexact)
             try:
                 self._follow(node)
             except MALFORMED as error:
                 raise UserError(
                     f"{network.path}: integers at {node.operation} of {node.layer!r}: {one_line(repr(error))}"
                 ) from error
+            if len(self.inexact) > known or not self.doubtful.isdisjoint(node.inputs):
+                self.doubtful.add(node.output)
 
     def _follow(self, node: Node) -> None:
         grid = getattr(self, f"_{node.operation}", self._nothing)(node)
+        if node.output not in self.network.fixed:
+            if node.loose:
+                self.inexact.append(node)
+            if node.stored:
+                self._require_stored(node, grid)
         if node.output in self.network.fixed and (grid is None or not grid.bounded):
             grid = constant_grid(self.network.fixed[node.output])
         self._set(node.output, grid)
@@ -72,13 +83,22 @@ class Analysis:
     def _set(self, number: int, grid: Grid | None) -> None:
         shape = self.network.shapes[number]
         if grid is None or 0 in shape or grid.bounded and max(-grid.low, grid.high) > _LARGEST:
-            return
-        grid = grid.moved(lambda array: aligned(array, len(shape)))
-        if not np.all((grid.scale > 0) & (grid.scale < np.inf)):
+            return  # Python's integers may be of any size.
+        grid = grid.moved(lambda array: aligned(array, len(shape))).rounded()
+        largest = max(-grid.low, grid.high, 1) if grid.bounded else 1
+        if not np.all((grid.scale >= _SMALLEST_SCALE) & (grid.scale * largest < _LARGEST)):
             return
         self._kept += grid.scale.size + (0 if grid.channels is None else grid.channels.size)
         require(self._kept <= _KEPT, f"{self.network.path}: scales of more than {_KEPT:,} elements together")
         self.grids[number] = grid
+
+    def _require_stored(self, node: Node, grid: Grid | None) -> None:
+        low, high = node.stored.lowest, node.stored.highest
+        require(
+            grid is not None and grid.exact and low <= grid.low <= grid.high <= high,
+            f"{self.network.path}: {node.operation} of {node.layer!r} is computed in integers of "
+            f"{low:,} ... {high:,} and may leave them: it would wrap around",
+        )
 
     def _nothing(self, node: Node) -> None:
         whole_power = node.operation == "power" and node.attributes["exponent"] in (0, 1, 2, 3)
@@ -114,6 +134,14 @@ class Analysis:
         return x if x is not None and x.plain else WHOLE
 
     _floor = _ceil = _round
+
+    def _negative(self, node: Node) -> Grid | None:
+        x = self._input(node)
+        return x and x.within(-x.high, -x.low)
+
+    def _absolute(self, node: Node) -> Grid | None:
+        x = self._input(node)
+        return x and x.within(0, max(-x.low, x.high))
 
     def _sign(self, node: Node) -> Grid:
         del node
@@ -201,20 +229,20 @@ class Analysis:
         ndim = len(self.network.shapes[node.output])
         a, b = (self.grids[number].moved(lambda array: aligned(array, ndim)) for number in numbers)
         if numbers[1] in fixed:
-            b = self._rescaled(numbers[1], b, a.scale)
+            b = self._rescaled(numbers[1], b, a)
         elif numbers[0] in fixed:
-            a = self._rescaled(numbers[0], a, b.scale)
-        return ((a, b), numbers) if _same(a.scale, b.scale) else None
+            a = self._rescaled(numbers[0], a, b)
+        return ((a, b), numbers) if a.shares_scale_with(b) else None
 
     def _rank(self, number: int, fixed: bool) -> tuple[bool, ...]:
         """By it the operand comes first that has what is to be kept."""
         return fixed, self.grids[number].channels is None, self.grids[number].bits is None
 
-    def _rescaled(self, number: int, grid: Grid, scale: np.ndarray) -> Grid:
+    def _rescaled(self, number: int, grid: Grid, other: Grid) -> Grid:
         """A constant of integers in units of another scale, if it is of whole ones."""
-        array = self.network.fixed[number]
-        integers = grid.bits is not None or np.all(scale == 1) or not array.any()
-        if _same(grid.scale, scale) or not integers:
+        array, scale = self.network.fixed[number], other.scale
+        integers = grid.bits is not None or other.plain or not array.any()
+        if grid.shares_scale_with(other) or not integers:
             return grid
         quotients = array / scale
         if not nearly_whole(quotients).all():
@@ -237,6 +265,8 @@ class Analysis:
             ndim = len(self.network.shapes[node.output])
             factor = aligned(factor.astype(np.float64), ndim)
             scale = aligned(grid.scale, ndim)
+            if not (np.frexp(factor)[0] == 0.5).all():
+                grid = grid.blurred()
             return dataclasses.replace(grid, scale=scale / factor if invert else scale * factor)
         a, b = (self._input(node, i) for i in range(2))
         return None if invert or a is None or b is None else _product(a, b)
@@ -312,7 +342,7 @@ class Analysis:
             return None
         shapes, axis = [self.network.shapes[number] for number in node.inputs], node.attributes["axis"]
         channels, scale = None, grids[0].scale
-        if not (grids[0].uniform and all(_same(grid.scale, scale) for grid in grids)):
+        if not (grids[0].uniform and all(grid.shares_scale_with(grids[0]) for grid in grids)):
             scale = joined([grid.scale for grid in grids], shapes, axis)
         if any(grid.channels is not None for grid in grids):
             nowhere = np.full((1,) * len(shapes[0]), -1)
@@ -327,10 +357,6 @@ def _product(a: Grid, b: Grid) -> Grid | None:
         return WHOLE if a.plain and b.plain else None
     corners = [x * y for x in (a.low, a.high) for y in (b.low, b.high)]
     return Grid(low=min(corners), high=max(corners), scale=a.scale * b.scale)
-
-
-def _same(scale: np.ndarray, other: np.ndarray) -> bool:
-    return np.allclose(scale, other, rtol=1e-6, atol=0)
 
 
 def _per_output(scale: np.ndarray) -> bool:

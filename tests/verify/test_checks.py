@@ -120,6 +120,40 @@ def test_outputs_that_are_not_numbers_are_caught(small, tmp_path):
     assert not report.ok and np.isnan(report.probe_difference)
 
 
+@pytest.mark.parametrize("name", ["zero_point", "scale", "scale2"])
+def test_a_wrong_number_before_what_is_not_exact_is_caught(small, tmp_path, name):
+    """A sigmoid at the end excuses differences behind it alone."""
+
+    def report(**changes):
+        file = small.build(**changes)
+        file.node("logistic", [file.graph["output"]], "last")
+        outputs = (1 / (1 + np.exp(-small.outputs.astype(np.float64)))).astype(np.float32)
+        return verify(file.save(tmp_path / "n", outputs, small.sums))
+
+    changes, place = MUTATIONS[name]
+    assert report().ok and "outputs are equal" in report().probe
+    assert not report(**changes).ok and place in report(**changes).failures[0]
+
+
+def test_infinite_outputs_must_be_equal_and_excuse_no_others(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from onnx_models import model
+
+    F = np.float32
+    nodes = [
+        onnx.helper.make_node("Mul", ["x", "zero"], ["n"]),
+        onnx.helper.make_node("Add", ["n", "c"], ["a"]),
+        onnx.helper.make_node("MatMul", ["a", "k"], ["y"]),
+    ]
+    path, kernel = tmp_path / "n.onnx", F([[1, 0]] * 3)
+    for c, ok in ((F([3e38, 3e38, -3e38]), False), (F([np.inf, 1, 1]), True)):
+        model(path, nodes, dict(zero=F(0), c=c, k=kernel), (3,), (2,))
+        report = verify(path)
+        assert report.ok == ok, report
+        assert ok or "other outputs are not finite" in report.failures[0]
+
+
 def test_accuracy_and_what_was_seen(small, tmp_path):
     images = np.random.default_rng(5).integers(0, 256, (230, *small.shape)).astype(np.uint8)
     outputs, _ = small.execute(images.astype(np.float32))

@@ -1,6 +1,5 @@
 """ONNX files of other tools and of qflax are executed and proven like packed ones."""
 
-import json
 import pathlib
 import sys
 
@@ -13,6 +12,7 @@ from qflax.verify.ranges import Analysis
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx_models import model  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 QONNX = "qonnx.custom_op.general"
@@ -110,25 +110,6 @@ def test_accumulators_of_a_network_of_brevitas(golden):
     assert layers["/linear/Gemm"].extremes == (low.min(), high.max())
     assert layers["/conv1/Conv"].needed is None
     assert "6 of 6 layers of integers proven; 1 other layers" in table(report)
-
-
-def model(path, nodes, constants, shape, out_shape, metadata=None, batch=1):
-    """Writes a network of one input x and one output y."""
-    made = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "network",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, *out_shape])],
-            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-        ),
-        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(QONNX, 2)],
-        ir_version=10,
-    )
-    if metadata is not None:
-        helper.set_model_props(made, {"qflax": json.dumps(metadata)})
-    onnx.save(made, path)
-    return path
 
 
 F = np.float32

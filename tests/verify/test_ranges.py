@@ -335,3 +335,56 @@ def test_a_factor_of_integers_is_no_scale(packed, tmp_path, integers):
     (layer,) = Analysis(load(file.save(tmp_path / "n", [[0.0]]))).layers
     assert layer.x_high == (1500 if integers else 15)
     assert layer.scale == (1 if integers else 100)
+
+
+INT25 = {"kind": "integer", "bits": 25, "signed": False, "narrow": False}
+
+
+def whole_numbers(file, high):
+    """0 ... `high`, rounded and clipped."""
+    x = file.node("round", [0])
+    for operation, end in (("maximum", 0.0), ("minimum", high)):
+        x = file.node(operation, [x, file.ends[end]])
+    return x
+
+
+@pytest.mark.parametrize(
+    ("high", "added", "largest"),
+    [(2.0**24 - 1, 2.0**24, 2**25), (2.0**24 - 1, 2.0, 2**24 + 2), (2.0**24 - 9, 2.0, 2**24 - 7)],
+)
+def test_sums_have_room_for_what_float32_rounds_them_to(packed, tmp_path, high, added, largest):
+    file = packed((1,))
+    kernel, term = file.integers(np.array([[1]]), 4, accumulator_bits=32), file.floats(added)
+    file.ends = {end: file.floats(end) for end in (0.0, high)}
+    file.node("dense", [file.node("add", [whole_numbers(file, high), term]), kernel], "layer")
+    network = load(file.save(tmp_path / "n", [[0.0]]))
+    (layer,) = Analysis(network).layers
+    assert layer.x_high == largest >= run(network, np.float32([[high]])).item() and layer.attained()
+
+
+@pytest.mark.parametrize(("factor", "known"), [(1 + 9e-7, False), (1.0, True)])
+def test_scales_that_differ_a_little_are_not_those_of_large_integers(packed, tmp_path, factor, known):
+    file = packed((1,))
+    kernel, factor = file.integers(np.array([[1]]), 4, accumulator_bits=32), file.floats(factor)
+    file.ends = {end: file.floats(end) for end in (0.0, 2.0**23 - 1)}
+    x = whole_numbers(file, 2.0**23 - 1)
+    x = file.node("round", [file.node("add", [x, file.node("multiply", [x, factor])])])
+    file.node("dense", [x, kernel], "layer")
+    analysis = Analysis(load(file.save(tmp_path / "n", [[0.0]])))
+    assert len(analysis.layers) == known and len(analysis.float_layers) == (not known)
+
+
+def test_a_scale_that_leaves_float32_ends_what_is_known(packed, tmp_path):
+    """Infinity does not become an integer again by a small scale."""
+    file = packed((8,))
+    kernel = file.integers(np.ones((8, 1)), 4, accumulator_bits=13)
+    one, *factors = (file.floats(n) for n in (1.0, 2.0**127, 2.0**-100, 2.0**-27))
+    cap = file.floats(2.0**20)
+    zero = file.floats(0.0)
+    x = file.node("quantize", [0, one, zero], format=INT25, rounding="half_even")
+    for factor in factors:
+        x = file.node("multiply", [x, factor])
+    file.node("dense", [file.node("minimum", [x, cap]), kernel], "layer")
+    network = load(file.save(tmp_path / "n", [[0.0]]))
+    assert run(network, np.full((1, 8), 2, np.float32)).item() == 2**23
+    assert not Analysis(network).layers
