@@ -18,7 +18,7 @@ from qflax.deploy.moving import split
 from qflax.deploy.primitives import ELEMENTWISE, RULES, TAKING_COMPARISONS, learned_format
 from qflax.deploy.simplify import simplified
 from qflax.errors import require
-from qflax.numerics import PRIMITIVE
+from qflax.numerics import PRIMITIVE, IntegerFormat
 
 _INLINED = (
     *("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"),
@@ -144,6 +144,8 @@ def _evaluated(equation, name, parameters, inputs, layer) -> list[Known]:
     if name == "within_accumulator":
         codes, bits = inputs
         return [Known(codes.array, codes.shape, parameters["format"], int(bits.array))]
+    if name == "quantize_integer" and len(shapes[0]) == 1:
+        _require_fitting(parameters["format"], inputs, layer)
     if name in (*ELEMENTWISE, "convert_element_type"):
         arrays = [x.array for x in inputs]
         if equation.primitive is not PRIMITIVE:
@@ -161,6 +163,17 @@ def _evaluated(equation, name, parameters, inputs, layer) -> list[Known]:
     return [
         Known(np.asarray(result), shape, fmt, bits) for result, shape in zip(results, shapes, strict=True)
     ]
+
+
+def _require_fitting(fmt: IntegerFormat, inputs: list[Known], layer: str) -> None:
+    """Raises where biases (kernels have more axes) are clipped: a network without them is another one."""
+    bias, scale, _ = (x.whole().astype(np.float64) for x in inputs)
+    beyond = int(np.sum(np.abs(bias / scale) > fmt.highest + 1))
+    require(
+        beyond == 0,
+        f"{layer}: cannot be exported: {beyond} integer biases are beyond {fmt.bits} bits in units of their "
+        "sums, as of channels whose weights are all but zero; leave this layer's bias float (biases=None)",
+    )
 
 
 def _stretched(x: Known, axes, shape) -> Known:

@@ -23,7 +23,8 @@ class Accumulation:
 
     Attributes:
       depth: products in a sum.
-      input_signed, weight_signed: whether the formats are signed.
+      input_signed, weight_signed: whether the formats are signed; inputs with a zero point count as unsigned,
+        as less that they reach as far.
       positive, negative: sums of the positive and of the absolute negative integer weights, uint32
         [features].
       weight_bits: of the widest channel.
@@ -95,7 +96,7 @@ def accumulation(
     fmt = inputs.format
     return Accumulation(
         depth=kernel.value.size // kernel.value.shape[-1],
-        input_signed=fmt.signed,
+        input_signed=fmt.signed and inputs.symmetric,
         weight_signed=kernel.format.signed,
         positive=positive,
         negative=negative,

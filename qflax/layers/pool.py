@@ -56,7 +56,7 @@ def mean_of_codes(x: QuantizedArray, total: jax.Array, count: int, divisor: floa
     fmt = x.format
     if isinstance(fmt, IntegerFormat):
         bits = width_of_extremes(count * fmt.lowest, count * fmt.highest) - (not fmt.signed)
-        if bits > 32:
+        if bits > 31 + fmt.signed:
             return None
         fmt = IntegerFormat(bits=bits, signed=fmt.signed)
     else:

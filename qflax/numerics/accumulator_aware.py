@@ -17,6 +17,7 @@ from qflax.numerics.operation import Operation
 
 _TRUNCATION = Estimator(rounding="toward_zero", clip="after_rounding")
 _SMALLEST_STEP = 1e-8
+_ROUNDING = 2.0**-18  # Relative, of a mean in float32.
 
 
 @functools.partial(
@@ -91,6 +92,8 @@ def accumulator_aware_codes(
     l1 = jnp.sum(jnp.abs(centred), axes)
     step = quotient(l1, jnp.where(ratio < allowed, ratio, allowed))
     extended = step >= _SMALLEST_STEP
+    if budget.zero_centered:  # What rounding of the mean leaves of equal weights is no extent.
+        extended &= l1 > _ROUNDING * jnp.sum(jnp.abs(v), axes)
     none = straight_through(jnp.zeros_like(centred), quotient(centred, jax.lax.stop_gradient(scale)))
     u = jnp.where(extended, quotient(centred, jnp.where(extended, step, 1.0)), none)
     u *= jax.lax.stop_gradient(_correction(u, budget, fmt))

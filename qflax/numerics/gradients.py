@@ -67,3 +67,8 @@ def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     stretched = [leading + i for i, n in enumerate(shape) if n == 1 and x.shape[leading + i] != 1]
     summed = jnp.sum(x, axis=(*range(leading), *stretched))
     return summed.reshape(shape)
+
+
+def passed_on(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """`gradient * x`, and 0 where there is no gradient, whatever `x` is there."""
+    return gradient * jnp.where(gradient == 0, 0.0, x)

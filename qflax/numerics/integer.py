@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qflax.errors import choose, require
 from qflax.numerics.arithmetic import product, quotient
-from qflax.numerics.gradients import sum_to_shape
+from qflax.numerics.gradients import passed_on, sum_to_shape
 from qflax.numerics.operation import Operation
 from qflax.numerics.rounding import ROUNDING_MODES, round_to_integer
 from qflax.numerics.surrogates import SURROGATES
@@ -64,7 +64,7 @@ class Estimator:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntegerFormat:
-    """Integers of 1 to 32 bits; the value of code `q` is `scale * (q - zero_point)`.
+    """Integers of 1 to 32 bits, without a sign 31; the value of code `q` is `scale * (q - zero_point)`.
 
     | bits | signed | narrow | codes                        |
     |------|--------|--------|------------------------------|
@@ -82,6 +82,9 @@ class IntegerFormat:
         require(
             isinstance(self.bits, int) and 1 <= self.bits <= 32,
             f"bits={self.bits!r}: an integer format has 1 to 32 bits",
+        )
+        require(
+            self.signed or self.bits < 32, "bits=32: an unsigned format has 1 to 31 bits, as codes are int32"
         )
 
     @property
@@ -220,7 +223,7 @@ def _fake_quant_backward(fmt, estimator, residuals, g):
     elif estimator.clip == "before_rounding":
         inside = (shifted > fmt.lowest) & (shifted < fmt.highest)
         through = jnp.where(inside, through, 0.0)
-    d_scale = g * (codes - zero_point) - through * u
+    d_scale = g * (codes - zero_point) - passed_on(through, u)
     d_zero_point = (through - g) * scale
     return (
         through,

@@ -9,7 +9,7 @@ import numpy as np
 
 from qflax.errors import choose, require
 from qflax.numerics.arithmetic import product, quotient
-from qflax.numerics.gradients import sum_to_shape
+from qflax.numerics.gradients import passed_on, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS
 from qflax.numerics.operation import Operation
 from qflax.numerics.rounding import ROUNDING_MODES
@@ -103,6 +103,8 @@ class MinifloatFormat:
             self.specials != "nan" or exponent + mantissa > 1, "specials='nan': leaves no number but zero"
         )
         require(self.specials != "fnuz" or self.signed, "specials='fnuz': needs signed=True")
+        # Without a zero its smallest negative number would have the pattern of NaN.
+        require(self.specials != "fnuz" or self.subnormals, "specials='fnuz': needs subnormals=True")
         require(self.saturate or self.specials != "none", "saturate=False: needs specials to overflow to")
 
     @property
@@ -370,7 +372,7 @@ def _fake_quant_backward(fmt, estimator, residuals, g):
         if not fmt.signed:
             inside &= u >= 0
         through = jnp.where(inside, through, 0.0)
-    d_scale = None if scale is None else sum_to_shape(g * r - through * u, scale.shape)
+    d_scale = None if scale is None else sum_to_shape(g * r - passed_on(through, u), scale.shape)
     return through, d_scale, None
 
 

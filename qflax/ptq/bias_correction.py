@@ -14,7 +14,7 @@ import numpy as np
 from qflax.errors import require
 from qflax.layers import AveragePool, Conv, Dense
 from qflax.ptq.taps import apply_with_hooks, run
-from qflax.ptq.variables import changed, leaf
+from qflax.ptq.variables import changed, leaf, norm_of
 from qflax.ptq.wiring import Chain, Wiring
 from qflax.quantizers import value_of
 
@@ -89,7 +89,7 @@ def correct_biases_analytically(
         layer = source.consumer
         error = kernels[layer] - leaf(reference_variables["params"], layer)["kernel"]
         groups = getattr(wiring.modules[layer], "feature_group_count", 1)
-        mean = _mean_input(source, reference_variables["params"], wiring)
+        mean = _mean_input(source, reference_variables)
         variables = _without_shift(variables, chains[layer], _response(error, mean, groups))
     return dict(variables)
 
@@ -135,10 +135,10 @@ def _uses_all_weights(layer: Conv | Dense) -> bool:
     return getattr(layer, "mask", None) is None and bool(np.all(np.equal(dilation, 1)))
 
 
-def _mean_input(chain: Chain, params: Mapping, wiring: Wiring) -> jax.Array:
+def _mean_input(chain: Chain, variables: Mapping) -> jax.Array:
     """Of a normal distribution with the norm's mean and spread, clipped by a ReLU (eq. 19)."""
-    norm = leaf(params, chain.norm)
-    mean, spread = norm["bias"], jnp.maximum(jnp.abs(norm["scale"]), 1e-12)
+    scale, mean = norm_of(variables, chain.norm)
+    spread = jnp.maximum(jnp.abs(scale), 1e-12)
     if chain.activation is None:
         return mean
     normal = jax.scipy.stats.norm

@@ -11,6 +11,7 @@ from qflax.quantizers import apply_without_dropout
 
 _STATISTICS = "batch_stats"
 _SMALLEST = 1e-12  # A channel without variance in the float network keeps the one that it has.
+_COLLAPSED = 1e-4  # Of the float network's variance: so does one that quantization has left (almost) none.
 
 
 def reestimate_norms(
@@ -23,9 +24,9 @@ def reestimate_norms(
     """Moves batch norms' running statistics by what quantization changes of them.
 
     Where a norm follows a layer this corrects the shift of the layer's outputs and their spread (Sun et al.
-    2019, "Hybrid 8-bit floating point", section 4.2). Only the difference to the float network on the same
-    images counts, and the ratio of variances: the running statistics are those of augmented images, and
-    those of plain ones may be far from them.
+    2019, "Hybrid 8-bit floating point", section 4.2): what comes out has the mean and spread that the float
+    network's norm gives for the same images. The statistics of these themselves are not taken: the running
+    ones are those of augmented images, and those of plain ones may be far from them.
 
     Args:
       model: called with `train=True`; its norms must have momentum 0, so that they return a batch's own
@@ -39,13 +40,15 @@ def reestimate_norms(
         return dict(variables)
     own = _mean_statistics(model, variables, batches)
     goal = _mean_statistics(reference, reference_variables, batches)
-    moved = {}
-    for path, value in flatten_dict(variables[_STATISTICS]).items():
-        if path[-1] == "mean":
-            moved[path] = value + (own[path] - goal[path])
-        else:
-            ratio = own[path] / jnp.maximum(goal[path], _SMALLEST)
-            moved[path] = value * jnp.where(goal[path] > _SMALLEST, ratio, 1.0)
+    moved, running = {}, flatten_dict(variables[_STATISTICS])
+    for path in (path for path in running if path[-1] == "var"):
+        mean = (*path[:-1], "mean")
+        known = (goal[path] > _SMALLEST) & (own[path] > _COLLAPSED * goal[path])
+        ratio = jnp.where(known, own[path] / jnp.maximum(goal[path], _SMALLEST), 1.0)
+        moved[path] = running[path] * ratio
+        # What lies between the running mean and that of these images stays in proportion to the spread.
+        narrowed = (goal[mean] - running[mean]) * (1 - jnp.sqrt(ratio))
+        moved[mean] = running[mean] + (own[mean] - goal[mean]) + narrowed
     return {**variables, _STATISTICS: unflatten_dict(moved)}
 
 

@@ -21,13 +21,15 @@ class Part:
       start: path of the module that gets the part's input.
       end: path of the module that returns its output.
       kernels: paths of the layers whose rounding is learned.
-      activations: paths of the quantizers inside; empty where they are not the part's business.
+      activations: paths of the quantizers inside that take part.
+      unquantized: paths of the modules whose own activations and outputs pass as they are.
     """
 
     start: str
     end: str
     kernels: tuple[str, ...]
     activations: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
 
 
 def layer_parts(model: nn.Module, reference: nn.Module, variables: Mapping, example: jax.Array) -> list[Part]:
@@ -35,7 +37,11 @@ def layer_parts(model: nn.Module, reference: nn.Module, variables: Mapping, exam
     learnable = _learnable_kernels(model, variables, example)
     chains = Wiring(reference, variables, example).chains
     own = [chain for chain in chains if chain.layer in learnable]
-    return [Part(start=chain.layer, end=chain.last, kernels=(chain.layer,)) for chain in own]
+    parts = []
+    for chain in own:
+        modules = tuple(path for path in (chain.layer, chain.norm, chain.activation) if path is not None)
+        parts.append(Part(start=chain.layer, end=modules[-1], kernels=(chain.layer,), unquantized=modules))
+    return parts
 
 
 def block_parts(model: nn.Module, reference: nn.Module, variables: Mapping, example: jax.Array) -> list[Part]:

@@ -219,9 +219,7 @@ def _step(model, optimizer, part, settings, image_shape, state, i, key, variable
 
 
 def _hooks(part, choices, grids, drop, key) -> dict:
-    """Kernels by their choices; activations of the part randomly unquantized, or those of a layer never
-    quantized.
-    """
+    """Kernels by their choices; activations of the part randomly unquantized, or those of a layer always."""
 
     def weights(path):
         def hook(call, kernel, *rest):
@@ -240,9 +238,9 @@ def _hooks(part, choices, grids, drop, key) -> dict:
     hooks = {f"{path}/weights": weights(path) for path in part.kernels}
     if drop:
         hooks |= {path: activations(i) for i, path in enumerate(part.activations)}
-    if not part.activations:
+    for path in part.unquantized:
         for name in ("activations", "outputs"):
-            hooks[f"{part.end}/{name}"] = lambda call, x, *rest: call(x, *rest).moved(x)
+            hooks[f"{path}/{name}"] = lambda call, x, *rest: call(x, *rest).moved(x)
     return hooks
 
 

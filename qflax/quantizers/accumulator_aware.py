@@ -148,7 +148,8 @@ class AccumulatorAwareQuantizer(Quantizer):
         return AccumulatorBudget(
             accumulator_bits=width.value,
             input_bits=bits + (bipolar and zero_centered),
-            input_signed=fmt.signed,
+            # Less their zero point, signed codes reach as far as unsigned ones.
+            input_signed=fmt.signed and inputs.symmetric,
             zero_centered=zero_centered,
         )
 

@@ -98,7 +98,8 @@ class Quantizer(nn.Module):
 
         Calibration takes the mean over its batches, of absolute maxima the extremes, unless it was given
         another rule (see `calibration.calibrate`). A running average copies its first batch; that of
-        training quantizes each batch by its own range.
+        training quantizes each batch by its own range. Batches without any extent are left out; where there
+        was no other, the range is one of a usual size.
         """
         shape = (x.shape[-1],) if self.spec.granularity == "per_channel" else ()
         start = {"x_max": jnp.ones} if self._symmetric else {"x_min": jnp.zeros, "x_max": jnp.ones}
@@ -107,40 +108,42 @@ class Quantizer(nn.Module):
         current = {name: end.value for name, end in ends.items()}
         if self._calibrating or self._averaging:
             batch = self._batch_range(x)
+            first, nothing = (count.value == 0) | _is_empty(current), _is_empty(batch)
             for name, end in ends.items():
-                end.value = self._merged(name, end.value, batch[name], count.value)
+                merged = jnp.where(
+                    nothing, end.value, self._merged(name, end.value, batch[name], count.value)
+                )
+                end.value = jnp.where(first, batch[name], merged)
                 current[name] = batch[name] if self._averaging else end.value
             count.value += 1
-        return current.get("x_min", 0.0), current["x_max"]
+        usual = usual_weight(x) if self.weights else 1.0
+        return current.get("x_min", 0.0), jnp.where(_is_empty(current), usual, current["x_max"])
 
     def _merged(self, name: str, old: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
         momentum = self.spec.momentum if self._averaging else self.get_variable(GIVEN, "momentum")
         if momentum is not None:
-            merged = old + momentum * (new - old)
-        elif self._extremes:
-            merged = jnp.minimum(old, new) if name == "x_min" else jnp.maximum(old, new)
-        else:
-            merged = old + (new - old) / (count + 1)
-        return jnp.where(count == 0, new, merged)
+            return old + momentum * (new - old)
+        if self._extremes:
+            return jnp.minimum(old, new) if name == "x_min" else jnp.maximum(old, new)
+        return old + (new - old) / (count + 1)
 
     @property
     def _extremes(self) -> bool:
         return self.spec.range_statistic == "absmax"
 
     def _batch_range(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Ends of one batch's range, on all devices; without any extent up to a usual size; of NaN NaN."""
-        usual = usual_weight(x) if self.weights else 1.0
+        """Ends of one batch's range, on all devices: their mean over those with any extent; of NaN NaN."""
         low, high = self._ends(x)
-        if self._symmetric:
-            ends = {"x_max": jnp.where(high <= SMALLEST_RANGE, usual, high)}
-        else:
-            ends = {"x_min": low, "x_max": jnp.where(high <= low, usual, high)}
+        ends = {"x_max": high} if self._symmetric else {"x_min": low, "x_max": high}
         if self.axis_name is None:
             return ends
-        if not self._extremes:
-            return jax.lax.pmean(ends, self.axis_name)
-        wider = {"x_min": jax.lax.pmin, "x_max": jax.lax.pmax}
-        return {name: wider[name](value, self.axis_name) for name, value in ends.items()}
+        if self._extremes:
+            wider = {"x_min": jax.lax.pmin, "x_max": jax.lax.pmax}
+            return {name: wider[name](value, self.axis_name) for name, value in ends.items()}
+        nothing = _is_empty(ends)
+        terms = [jnp.where(nothing, 0.0, value) for value in ends.values()]
+        *sums, count = jax.lax.psum(jnp.stack([*terms, jnp.where(nothing, 0.0, 1.0)]), self.axis_name)
+        return {name: total / jnp.maximum(count, 1.0) for name, total in zip(ends, sums, strict=True)}
 
     def _ends(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         """Lower and upper end as they were given, or else of the range of `x`; reports `x` to observers."""
@@ -162,6 +165,11 @@ class Quantizer(nn.Module):
             per_channel=self.spec.granularity == "per_channel",
             percentile=self.spec.percentile,
         )
+
+
+def _is_empty(ends: dict[str, jax.Array]) -> jax.Array:
+    """Whether a range has no extent."""
+    return ends["x_max"] - ends.get("x_min", 0.0) <= SMALLEST_RANGE
 
 
 def usual_weight(kernel: jax.Array) -> float:

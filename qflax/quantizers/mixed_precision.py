@@ -253,11 +253,11 @@ class MixedPrecisionQuantizer(Quantizer):
         return step, product(step, highest), highest, bits
 
     def _width(self, learned: jax.Array) -> jax.Array:
-        """The learned width, which a training pass records, or the frozen one."""
+        """The learned width, which training and calibration record, or the frozen one."""
         frozen = self.variable(STATISTICS, "frozen", lambda: jnp.zeros((), bool))
         width = self.variable(STATISTICS, "bits", lambda: learned)
         bits = jnp.where(frozen.value, width.value, learned)
-        if self._training:
+        if self._training or self._calibrating:
             width.value = jax.lax.stop_gradient(bits)
         return bits
 

@@ -97,6 +97,10 @@ class ScaledQuantizer(Quantizer):
             not (bipolar and self.spec.surrogate == "tanh"),
             f"{where}: surrogate='tanh': its steps are of one, that of a signed bit is of two, from -1 to 1",
         )
+        require(
+            not (bipolar and self.spec.range_statistic == "kl"),
+            f"{where}: statistic='kl' compares how often sizes occur, and a signed bit has one; take 'mse'",
+        )
         if self.weights:
             require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
             return

@@ -216,7 +216,8 @@ def histogram(rows: jax.Array, largest: jax.Array) -> jax.Array:
 def divergences(histograms: jax.Array, largest: jax.Array, fmt: IntegerFormat) -> jax.Array:
     """Of every candidate KL(P || Q) for each row: [100, rows].
 
-    P is the clipped histogram of magnitudes, Q the same through the quantizer's bins.
+    P is the clipped histogram of magnitudes, Q the same through the quantizer's bins. The bin at zero counts
+    as its neighbour: what a ReLU has made zero, any range represents.
 
     Args:
       histograms: counts [rows, 2048], of any dtype.
@@ -234,6 +235,7 @@ def divergences(histograms: jax.Array, largest: jax.Array, fmt: IntegerFormat) -
 
 
 def _divergence(counts: jax.Array, width: jax.Array, limit: jax.Array, levels: int) -> jax.Array:
+    counts = counts.at[0].set(counts[1])
     centres = (jnp.arange(_KL_BINS) + 0.5) * width
     inside = centres <= limit
     reference = jnp.where(inside, counts, 0.0)
@@ -246,7 +248,7 @@ def _divergence(counts: jax.Array, width: jax.Array, limit: jax.Array, levels: i
     mass = jnp.zeros(levels + 1).at[level].add(kept)
     share = jnp.zeros(levels + 1).at[level].add(occupied)
     model = jnp.where(occupied > 0, (mass / jnp.maximum(share, 1.0))[level], 0.0)
-    p = reference / jnp.sum(reference)
+    p = reference / jnp.maximum(jnp.sum(reference), 1.0)
     q = jnp.maximum(model / jnp.maximum(jnp.sum(model), 1.0), 1e-9)
     return jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30) / q), 0.0))
 

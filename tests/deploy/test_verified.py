@@ -14,8 +14,9 @@ from networks import INPUT, INTEGER, LAYERS, POLICIES, SHAPE, images
 from qflax.deploy import packed
 from qflax.deploy.exporting import export
 from qflax.deploy.table import layer_table
+from qflax.errors import UserError
 from qflax.layers import Conv, Dense, DenseGeneral, Einsum, Quantize, layer_costs
-from qflax.quantizers import AccumulatorAware, IntegerBias, Quantization, Rule, calibrate
+from qflax.quantizers import AccumulatorAware, IntegerBias, Quantization, Rule, Uniform, calibrate
 from qflax.verify import load, run, verify
 
 ONNX = ("qonnx", "qcdq")
@@ -187,3 +188,18 @@ def test_biases_are_in_the_accumulator_wherever_they_are_added(tmp_path, kind, f
     report = verify(tmp_path / "file")
     assert [layer.needed for layer in report.layers] == [bits] and not report.layers[0].holds
     assert len(report.failures) == 1 and f"need {bits} bits, not 12" in report.failures[0]
+
+
+def test_biases_that_are_clipped_are_not_exported(tmp_path):
+    """Behind weights that are all but zero a bias is too large a multiple of the scale."""
+    policy = Quantization(
+        weights=Uniform(bits=8, granularity="per_channel", scale="statistic"),
+        biases=IntegerBias(bits=32),
+        rules=(INPUT,),
+    )
+    model, x = Single(functools.partial(Dense, 3), policy), images(4)[:, 0, 0] / 128 - 1
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    kernel = variables["params"]["layer"]["kernel"] * np.float32([1, 1, 1e-9])
+    variables = {**variables, "params": {"layer": {"kernel": kernel, "bias": np.ones(3, np.float32)}}}
+    with pytest.raises(UserError, match="layer: cannot be exported: 1 integer biases are beyond 32 bits"):
+        export(model.apply, variables, x.shape[1:], tmp_path / "file", format="packed")

@@ -197,3 +197,16 @@ def test_one_program_serves_all_widths():
     ]
     assert norms == sorted(norms, reverse=True) and norms[-1] < norms[0] / 4
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("depth", [9, 27, 576])
+def test_equal_weights_have_nothing_around_their_mean(depth):
+    """What rounding of the mean leaves of them is not made large."""
+    values = np.random.default_rng(0).uniform(0.01, 5, 256).astype(np.float32)
+    v = jnp.broadcast_to(values, (depth, 256))
+    budget = AccumulatorBudget(
+        accumulator_bits=jnp.int32(16), input_bits=jnp.int32(4), input_signed=False, zero_centered=True
+    )
+    fmt = IntegerFormat(bits=4, signed=True, narrow=True)
+    codes = jax.jit(lambda v: accumulator_aware_codes(v, v[0] / 7, jnp.sum(v, 0), budget, fmt))
+    assert not np.any(codes(v)) and np.any(codes(v.at[0].mul(1.1)))

@@ -78,6 +78,8 @@ def test_ranges_of_codes(fields, lowest, highest, threshold, num_codes):
 def test_impossible_bits_are_refused(bits):
     with pytest.raises(UserError, match="an integer format has 1 to 32 bits"):
         IntegerFormat(bits=bits)
+    with pytest.raises(UserError, match="an unsigned format has 1 to 31"):
+        IntegerFormat(bits=32, signed=False)
 
 
 def assert_fake_quant_is_decode_of_encode(fmt, rounding, x, scale, zero_point, key=None):
@@ -280,3 +282,9 @@ def test_a_value_outside_moves_the_scale_and_the_zero_point_but_gets_no_gradient
     fmt = IntegerFormat(bits=4, signed=False)
     gradients = jax.grad(fmt.fake_quant, argnums=(0, 1, 2))(jnp.float32(10), jnp.float32(0.5), jnp.float32(3))
     np.testing.assert_allclose(gradients, [0, 15 - 3, -0.5])
+
+
+def test_an_infinite_value_moves_the_scale_as_any_outside():
+    x, fmt = jnp.float32([1, 2, jnp.inf]), IntegerFormat(bits=4, signed=False)
+    gradient = jax.grad(lambda s: jnp.sum(fmt.fake_quant(x, s)))(jnp.float32(0.5))
+    assert float(gradient) == 15

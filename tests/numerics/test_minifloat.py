@@ -232,8 +232,15 @@ def test_gradients_of_unsigned_values_stop_below_zero():
         (dict(exponent_bits=1, mantissa_bits=3, specials="ieee"), "needs exponent_bits of at least 2"),
         (dict(exponent_bits=4, mantissa_bits=3, saturate=False), "saturate=False: needs specials"),
         (dict(exponent_bits=4, mantissa_bits=3, specials="fnuz", signed=False), "needs signed=True"),
+        (dict(exponent_bits=4, mantissa_bits=3, specials="fnuz", subnormals=False), "subnormals=True"),
     ],
 )
 def test_impossible_formats(fields, message):
     with pytest.raises(UserError, match=message):
         MinifloatFormat(**fields)
+
+
+def test_an_infinite_value_moves_the_scale_as_any_outside():
+    x, e4m3 = jnp.float32([1, 2, jnp.inf]), MinifloatFormat(exponent_bits=4, mantissa_bits=3)
+    gradient = jax.grad(lambda s: jnp.sum(e4m3.fake_quant(x, s)))(jnp.float32(0.5))
+    assert float(gradient) == e4m3.max

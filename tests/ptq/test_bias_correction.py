@@ -1,7 +1,7 @@
 """Mean outputs of layers after quantization."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -111,11 +111,12 @@ class Normed(nn.Module):
 
     quantization: Quantization = FLOAT
     options: Mapping | None = None
+    norm: Callable = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x, *, train):
         x = Conv(8, (1, 1), use_bias=False, name="first")(x)
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = self.norm(use_running_average=not train, name="norm")(x)
         x = Activation(name="act")(x)
         return Conv(
             6,
@@ -152,6 +153,19 @@ def test_layers_whose_outputs_leave_out_weights_are_not_corrected_analytically(o
     variables = model.init(jax.random.key(1), BATCHES[0], train=False)
     with pytest.raises(UserError, match="use 'bias_correction'"):
         correct_biases_analytically(model, variables, reference, variables, BATCHES[0][:1])
+
+
+@pytest.mark.parametrize("missing", [["scale"], ["bias"], ["scale", "bias"]])
+def test_norms_without_a_scale_or_bias_have_one_and_zero(missing):
+    norms = nn.BatchNorm, functools.partial(nn.BatchNorm, **{f"use_{name}": False for name in missing})
+    found = []
+    for norm in norms:
+        model = Normed(Quantization(weights=Uniform(bits=2)), norm=norm)
+        variables = model.init(jax.random.key(1), BATCHES[0], train=False)
+        arguments = model, variables, Normed(norm=norm), variables, BATCHES[0][:1]
+        found.append(correct_biases_analytically(*arguments)["params"]["second"]["bias"])
+    np.testing.assert_array_equal(*found)
+    assert np.any(found[0])
 
 
 def test_without_a_norm_before_a_layer_nothing_is_known_analytically():

@@ -1,11 +1,13 @@
 """Norm statistics after quantization."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from qflax.layers import Conv
 from qflax.ptq import reestimate_norms
-from qflax.quantizers import Quantization, Uniform, calibrate
+from qflax.quantizers import FLOAT, Minifloat, Quantization, Uniform, calibrate, value_of
 
 COARSE = Quantization(weights=Uniform(bits=2), activations=Uniform(bits=2))
 
@@ -39,8 +41,37 @@ def test_statistics_move_by_what_quantization_changes(small_net, quantized, floa
     )
     old = float_variables["batch_stats"]["norm"]
     assert np.max(np.abs(own_mean - goal_mean)) > 1e-2
-    np.testing.assert_allclose(found["norm"]["mean"], old["mean"] + own_mean - goal_mean, atol=1e-6)
     np.testing.assert_allclose(found["norm"]["var"], old["var"] * own_var / goal_var, rtol=1e-5)
+    made = (own_mean - found["norm"]["mean"]) / np.sqrt(found["norm"]["var"])
+    np.testing.assert_allclose(made, (goal_mean - old["mean"]) / np.sqrt(old["var"]), atol=1e-5)
+
+
+def test_a_channel_that_quantization_makes_zero_is_not_blown_up():
+    """Its mean is that of the float network, too; a variance of 0 would make 300 times what is left of it."""
+
+    class Net(nn.Module):
+        quantization: Quantization = FLOAT
+        momentum: float = 0.99
+
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            x = value_of(Conv(8, (3, 3), use_bias=False, quantization=self.quantization, name="conv")(x))
+            return nn.BatchNorm(use_running_average=not train, momentum=self.momentum, name="norm")(x)
+
+    rng = np.random.default_rng(0)
+    seen, plain = (rng.normal(mean, 1, (32, 8, 8, 3)).astype(np.float32) for mean in (0.3, 0.4))
+    coarse, reference = Quantization(weights=Minifloat(exponent_bits=3, mantissa_bits=1)), Net()
+    variables = reference.init(jax.random.key(0), seen)
+    kernel = variables["params"]["conv"]["kernel"]
+    kernel = kernel.at[..., :2].set(0.06 * np.sign(kernel[..., :2]))  # Below half of the least number.
+    variables = {**variables, "params": {"conv": {"kernel": kernel}, "norm": variables["params"]["norm"]}}
+    model, immediate = Net(coarse), Net(momentum=0.0)
+    variables |= immediate.apply(variables, seen, train=True, mutable=["batch_stats"])[1]
+    quantized = {**model.init(jax.random.key(0), seen), **variables}
+    found = reestimate_norms(Net(coarse, 0.0), quantized, immediate, variables, [plain])
+    means = [np.mean(y, (0, 1, 2)) for y in (model.apply(found, plain), reference.apply(variables, plain))]
+    assert np.max(np.abs(model.apply(found, plain)[..., :2])) < 1
+    np.testing.assert_allclose(*means, atol=1e-4)
 
 
 def test_images_unlike_those_of_training_change_nothing_in_a_float_network(

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
+from qflax.layers import Activation, Conv, MaxPool
 from qflax.linen import quantize
 from qflax.models import build_model
 from qflax.ptq.gptq import gptq
 from qflax.ptq.parts import block_parts, layer_parts
 from qflax.ptq.reconstruction import Reconstruction, reconstruct
 from qflax.ptq.wiring import Wiring
-from qflax.quantizers import Quantization, Rule, Uniform, calibrate
+from qflax.quantizers import FLOAT, Quantization, Rule, Uniform, calibrate, value_of
 
 KEY = jax.random.key(0)
 
@@ -66,6 +67,32 @@ def test_parts_cover_every_kernel_and_quantizer_once(small_net, float_variables,
     layers = layer_parts(small_net(policy), small_net(), variables, example)
     assert [(p.start, p.end) for p in layers][1] == ("block/conv1", "block/act1")
     assert not any(p.activations for p in layers)
+
+
+def test_layers_are_reconstructed_up_to_their_activations_which_stay_float(batches):
+    class Net(nn.Module):
+        quantization: Quantization = FLOAT
+
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            policy = {"quantization": self.quantization}
+            x = value_of(Conv(4, (3, 3), name="first", **policy)(x))
+            x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+            x = Activation(name="act", **policy)(x)
+            x = value_of(Conv(4, (3, 3), name="second", **policy)(x))
+            x = Activation(name="act2", **policy)(x)
+            return value_of(Conv(4, (1, 1), name="third", **policy)(MaxPool((2, 2), 2, ((0, 0),) * 2)(x)))
+
+    spec = Uniform(bits=3)
+    model = Net(Quantization(weights=spec, activations=spec, outputs=spec))
+    variables = model.init(jax.random.key(0), batches[0])
+    parts = layer_parts(model, Net(), variables, batches[0][:1])
+    assert [(part.start, part.end) for part in parts] == [
+        *(("first", "act"), ("second", "act2"), ("third", "third")),
+    ]
+    assert [part.unquantized for part in parts] == [
+        *(("first", "norm", "act"), ("second", "act2"), ("third",)),
+    ]
 
 
 def test_without_kernels_to_round_there_are_no_parts(small_net, float_variables, batches):

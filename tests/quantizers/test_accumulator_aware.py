@@ -71,6 +71,17 @@ def test_every_integer_input_keeps_within_the_accumulator(activations, variant):
         assert bits < 16 or conv.accumulation.exact_bits >= 8
 
 
+@pytest.mark.parametrize("variant", ["a2q", "a2q+"])
+def test_signed_codes_less_their_zero_point_reach_as_far_as_unsigned_ones(variant):
+    activations = Uniform(bits=4, symmetric=False, signed=True, scale="static", statistic="absmax")
+    model, x = build(activations, variant=variant, bits=8), np.abs(X)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    variables, _ = project_weights(model, variables, x)
+    accumulation = layer_costs(model, variables, x[:1])[-1].accumulation
+    assert (int(accumulation.x_min), int(accumulation.x_max)) == (0, 15)
+    assert 11 <= accumulation.exact_bits <= 12 and accumulation.exact_bits <= accumulation.norm_bits
+
+
 @pytest.mark.parametrize(
     "activations,problem",
     [

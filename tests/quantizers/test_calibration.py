@@ -1,5 +1,7 @@
 """Calibration sets every range in one pass and changes nothing else."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,7 +87,9 @@ def test_an_earlier_calibration_is_forgotten():
 
 
 def test_data_of_zeros_has_the_range_one():
-    assert ranges(quantizer(scale="range", statistic="absmax"), [np.zeros((2, 6), np.float32)])["x_max"] == 1
+    model, zeros = quantizer(scale="range", statistic="absmax"), np.zeros((2, 6), np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), zeros), [zeros])
+    assert variables[PARAMETERS]["x_max"] == 1
 
 
 @pytest.mark.parametrize("over", ["batches", "set"])
@@ -177,3 +181,35 @@ def test_float_network_passes_through():
     model = Net(Quantization())
     variables = model.init(jax.random.key(0), IMAGES[0], train=True)
     assert calibrate(model, variables, IMAGES, train=True).keys() == variables.keys()
+
+
+DEAD = [np.float32([[0.01, 2.0]] * 4), np.float32([[0.0, 2.0]] * 4)]
+
+
+@pytest.mark.parametrize("statistic", ["absmax", "percentile", "mean"])
+@pytest.mark.parametrize("over", ["batches", "ema", "set"])
+@pytest.mark.parametrize("batches", [DEAD, DEAD[::-1]])
+def test_a_batch_in_which_a_channel_is_dead_has_no_say_about_it(statistic, over, batches):
+    model = quantizer(scale="static", statistic=statistic, granularity="per_channel")
+    variables = calibrate(model, model.init(jax.random.key(0), batches[0]), batches, over=over)
+    alone = calibrate(model, variables, DEAD[:1])
+    found, expected = (v[STATISTICS]["x_max"] for v in (variables, alone))
+    half = over == "set" and statistic == "mean"  # Of a set as a whole it has half of the elements.
+    np.testing.assert_allclose(found, expected * np.float32([0.5 if half else 1, 1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("statistic", ["absmax", "mean"])
+def test_a_device_on_which_a_channel_is_dead_has_no_say_about_it(statistic):
+    model = quantizer(scale="ema", statistic=statistic, granularity="per_channel").clone(axis_name="devices")
+    variables = model.init(jax.random.key(0), DEAD[0])
+    train = functools.partial(model.apply, variables, mutable=[STATISTICS])
+    found = jax.vmap(lambda x: train(x)[1], axis_name="devices")(np.stack(DEAD))
+    alone = jax.vmap(lambda x: train(x)[1], axis_name="devices")(np.stack(DEAD[:1]))
+    expected = np.broadcast_to(alone[STATISTICS]["x_max"], (2, 2))
+    np.testing.assert_allclose(found[STATISTICS]["x_max"], expected, rtol=1e-6)
+
+
+def test_a_channel_that_is_always_dead_has_a_usual_range():
+    model = quantizer(scale="static", statistic="absmax", granularity="per_channel")
+    variables = calibrate(model, model.init(jax.random.key(0), DEAD[1]), DEAD[1:] * 2)
+    np.testing.assert_array_equal(model.apply(variables, DEAD[1]).scale, np.float32([1, 2]) / 128)

@@ -155,6 +155,15 @@ def test_a_frozen_width_gets_no_gradient_and_the_range_that_of_its_step():
     np.testing.assert_allclose(values["x_max"], gradients(other, own, X)[0]["x_max"], rtol=1e-5)
 
 
+def test_calibration_records_the_width_that_freezing_keeps():
+    """Not that of the initial kernel, which may be of zeros."""
+    model = quantizer_of(MixedPrecision(bits=8, start="paper"), weights=True)
+    variables = calibrate(model, model.init(jax.random.key(0), jnp.zeros(X.shape)), [X])
+    live = bits_of(model.apply(variables, X))
+    variables = {**variables, STATISTICS: freeze_widths(variables[STATISTICS])}
+    assert bits_of(model.apply(variables, X)) == live == 8
+
+
 def test_a_training_pass_records_the_width_and_freezing_keeps_it():
     model, variables = calibrated()
     step = variables[PARAMETERS]["step"] * 2.5

@@ -274,7 +274,7 @@ def test_ema_starts_at_the_first_batch_and_moves_by_its_momentum(symmetric, stat
     each = [calibrate(model, variables, [batch])[STATISTICS] for batch in batches]
     for name in set(got) - {"count"}:
         expected = float(each[0][name])
-        for batch in each[1:]:
+        for batch in (each[1], each[3]):  # That of zeros has no say.
             expected = 0.75 * expected + 0.25 * float(batch[name])
         assert got[name] == pytest.approx(expected, rel=1e-5)
     assert got["count"] == 4

@@ -75,6 +75,12 @@ def test_kl_keeps_the_range_of_uniform_data():
     assert symmetric_range(x, "kl", IntegerFormat(bits=8, signed=False), percentile=100) > 2.8
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kl_is_not_about_the_zeros_of_a_relu(bits):
+    x = jnp.maximum(np.random.default_rng(0).normal(size=100_000).astype(np.float32), 0)
+    assert 3 < symmetric_range(x, "kl", IntegerFormat(bits=bits, signed=False), percentile=100) < 4.6
+
+
 @pytest.mark.parametrize("kind", STATISTICS_KINDS)
 def test_only_absmax_passes_a_gradient(kind):
     gradient = jax.grad(lambda x: symmetric_range(x, kind, SIGNED, percentile=90))(jnp.asarray(X[0, 0, :, 0]))
