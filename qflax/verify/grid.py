@@ -58,7 +58,7 @@ class Grid:
             return self.plain and other.plain
         difference = np.max(np.abs(self.scale / other.scale - 1))
         largest = max(-self.low, self.high, -other.low, other.high)
-        return bool(difference <= _ROUNDED and difference * largest < 0.25)
+        return bool(difference == 0 or difference <= _ROUNDED and difference * largest < 0.25)
 
     def rounded(self) -> "Grid":
         """With room for what float32 rounds such numbers to."""

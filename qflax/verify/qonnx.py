@@ -172,7 +172,8 @@ def _translate(
 def _check_type(context: Context, operation: str) -> None:
     """Has what is computed in integers stay in their range, or be refused."""
     context.loose = operation in LOOSE
-    known = context.inputs and context.inputs[0] in (*context.arrays, *context.types)
+    first = context.inputs[0] if context.inputs else ""
+    known = first in context.arrays or first in context.types
     if not known or operation in WHOLE or context.type_of(0) == np.float32:
         return
     if operation not in WRAPPING:

@@ -15,7 +15,7 @@ MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "C
 WRAPPING = ("Add", "Sub", "Mul", "Neg", "Abs", "ReduceSum", "MatMul")  # Of integers, beyond their type.
 # Of integers they give what they give of the same numbers in float32.
 WHOLE = (
-    *MOVING,
+    *(*MOVING, *quantizers.OF_QONNX),
     *("Clip", "Max", "Min", "Relu", "MaxPool", "ReduceMax", "Sign", "Pad", "Dropout"),
     *("Where", "Greater", "GreaterOrEqual", "Constant", "Cast", "DequantizeLinear"),
 )
@@ -284,10 +284,7 @@ def _elementwise(method: Callable, table: dict[str, str]) -> dict[str, Callable[
 
 
 TRANSLATIONS: dict[str, Callable[[Context], int | None]] = {
-    **dict.fromkeys(("Quant", "IntQuant"), quantizers.quant),
-    "FloatQuant": quantizers.float_quant,
-    "BipolarQuant": quantizers.bipolar_quant,
-    "Trunc": quantizers.trunc,
+    **quantizers.OF_QONNX,
     "QuantizeLinear": quantizers.quantize_linear,
     "DequantizeLinear": quantizers.dequantize_linear,
     "Conv": _conv,

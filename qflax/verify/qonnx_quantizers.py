@@ -1,5 +1,7 @@
 """What the quantizers of QONNX and ONNX are in terms of the executor's operations."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from qflax.verify.formats import IntegerFormat, MinifloatFormat
@@ -69,6 +71,24 @@ def trunc(c: Context) -> int:
     if zero_point.any():
         codes = c.node("subtract", codes, c.constant(zero_point / step))
     return c.scaled(codes, c.value(4))
+
+
+def _in_float32(translate: Callable[[Context], int]) -> Callable[[Context], int]:
+    """Whatever type the numbers are stored in."""
+
+    def translated(c: Context) -> int:
+        c.types[c.output] = np.dtype(np.float32)
+        return translate(c)
+
+    return translated
+
+
+OF_QONNX = {
+    **dict.fromkeys(("Quant", "IntQuant"), _in_float32(quant)),
+    "FloatQuant": _in_float32(float_quant),
+    "BipolarQuant": _in_float32(bipolar_quant),
+    "Trunc": _in_float32(trunc),
+}
 
 
 def _along_axis(c: Context, index: int) -> int:

@@ -9,7 +9,7 @@ from qflax.verify.ranges import Analysis
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
-from onnx_models import model  # noqa: E402
+from onnx_models import QONNX, model  # noqa: E402
 
 F = np.float32
 KERNEL = helper.make_node("DequantizeLinear", ["w", "one"], ["k"])
@@ -189,3 +189,15 @@ def test_programs_round_batch_norms_otherwise(tmp_path):
     constants = dict(s=F(1 / 255), z=np.uint8(0), w=w, one=F(1), **vectors)
     path = model(tmp_path / "n.onnx", nodes, constants, (3, 8, 8), (4, 6, 6))
     assert verify(path).ok and Analysis(load(path)).inexact[0].layer == "y"
+
+
+def test_weights_of_qonnx_may_be_stored_as_integers(tmp_path):
+    nodes = [
+        helper.make_node("Quant", ["x", "one", "zero", "four"], ["d"], domain=QONNX, signed=0),
+        helper.make_node("Quant", ["w", "one", "zero", "four"], ["k"], domain=QONNX, signed=1),
+        helper.make_node("Add", ["k", "one"], ["k1"]),
+        helper.make_node("MatMul", ["d", "k1"], ["y"]),
+    ]
+    constants = dict(one=F(1), zero=F(0), four=F(4), w=np.int8([[2], [-3]]))
+    path = model(tmp_path / "n.onnx", nodes, constants, (2,), (1,))
+    np.testing.assert_array_equal(run(load(path), F([[5, 20]])), F([[15 - 2 * 15]]))
