@@ -1,6 +1,7 @@
 """Command lines: train.py, and `qflax` with its subcommands."""
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -20,6 +21,7 @@ from qflax.errors import (
     shown,
     told,
 )
+from qflax.terminal import Outlived
 
 
 class _Parser(argparse.ArgumentParser):
@@ -287,6 +289,12 @@ def _report(options: argparse.Namespace) -> None:
 
 def report_errors(run: Callable[[], int | None]) -> int:
     """Runs a program; returns its exit code, having told of errors in a line."""
+    stream = sys.stderr
+    with contextlib.redirect_stderr(Outlived(stream) if isinstance(stream, io.TextIOWrapper) else stream):
+        return _report_errors(run)
+
+
+def _report_errors(run: Callable[[], int | None]) -> int:
     from absl import logging as absl_logging
 
     # Orbax tells of every file that it writes, and with tracebacks of errors that it raises as well.
@@ -294,7 +302,7 @@ def report_errors(run: Callable[[], int | None]) -> int:
     for name in ("asyncio", "concurrent.futures"):  # So do the threads that it writes in.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # Paths may be no text.
     try:
         code = run()

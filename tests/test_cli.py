@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qflax.cli import main, train_main
+from qflax.cli import main, report_errors, train_main
+from qflax.errors import Interrupted
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -145,7 +146,6 @@ def test_bad_input_ends_in_one_line(arguments, parts, tmp_path):
         "sensitivity configs --config=configs/quickstart.py",
         "calibrate configs",
         "calibrate configs --workdir=x --config=configs/quickstart.py",
-        "calibrate configs --workdir=README.md --config=configs/quickstart.py",
         "import x.pth",
         "import README.md --workdir=x --config=configs/resnet18_fp32.py",
         "import /nowhere.pth --workdir=x --config=configs/resnet18_fp32.py",
@@ -193,6 +193,23 @@ def test_what_the_machine_lacks_is_one_line(raised, code, line, monkeypatch):
     result = call(train_main, "--config=configs/quickstart.py")
     assert result.returncode == code
     assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+
+
+def test_who_reads_the_messages_may_leave(monkeypatch):
+    """As `tee` does, which Ctrl-C ends as well."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def run():
+        for _ in range(3):
+            print("step", file=sys.stderr)
+        sys.stderr.flush()
+        raise Interrupted("SIGINT")
+
+    with open(writing, "w", buffering=1) as nobody:
+        monkeypatch.setattr(sys, "stderr", nobody)
+        assert report_errors(run) == 75
+        assert sys.stderr is nobody
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("a bug"), OSError("of a library"), KeyError("x")])

@@ -60,12 +60,9 @@ class Checkpoints:
         self.steps = sorted(self._folders)
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the best validation accuracy, or None where none was measured.
-
-        Raises:
-          UserError: a checkpoint is damaged.
-        """
-        records = {step: self._read(step, record=ocp.args.JsonRestore()).record for step in self.steps}
+        """Step of the sound checkpoint with the best validation accuracy, or None where none was measured."""
+        sound = [step for step in self.steps if self.damage(step) is None]
+        records = {step: self._read(step, record=ocp.args.JsonRestore()).record for step in sound}
         scored = {step: record[_METRIC] for step, record in records.items() if _METRIC in record}
         return max(scored, key=scored.get, default=None)
 
@@ -140,8 +137,8 @@ class Checkpoints:
         folder, damage = self._folders[step], self.damage(step)
         require(
             damage is None,
-            f"{folder}: damaged ({damage}); use another one (--checkpoint=best), or run train.py on "
-            "this workdir again: it goes on from the one before",
+            f"{folder}: damaged ({damage}); put it back from a copy, use another one (--checkpoint=best), or "
+            "run train.py on this workdir again, without its result.json: it goes on from the one before",
         )
         try:
             options = ocp.CompositeOptions(multiprocessing_options=_ALONE)

@@ -39,7 +39,7 @@ class Interruption(contextlib.AbstractContextManager):
         if threading.current_thread() is threading.main_thread():
             handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
             if self._several:  # SIGTERM is JAX's.
-                handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+                handlers = {signal.SIGINT: self._pass_on}
             for number, handler in handlers.items():
                 if signal.getsignal(number) != signal.SIG_IGN:  # As of Ctrl-C in jobs in the background.
                     self._before[number] = signal.signal(number, handler)
@@ -78,6 +78,12 @@ class Interruption(contextlib.AbstractContextManager):
         finally:
             self._at_once = False
 
+    def _pass_on(self, number: int, frame) -> None:
+        """To JAX, which has all processes agree."""
+        del number, frame
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _note(self, number: int, frame) -> None:
         del frame
         if self.requested is not None:
@@ -85,7 +91,8 @@ class Interruption(contextlib.AbstractContextManager):
         self.requested = signal.Signals(number).name
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        # Not print: the signal may have come in the midst of one.
-        os.write(sys.stderr.fileno(), f"{self.requested}: stopping\n".encode())
+        # Not print: the signal may have come in the midst of one. It may have ended who reads this, too.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.write(sys.stderr.fileno(), f"{self.requested}: stopping\n".encode())
         if self._at_once:
             raise Interrupted(self.requested)

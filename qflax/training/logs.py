@@ -111,8 +111,14 @@ class Logs:
         for summary in (start, end):
             self._board.file_writer.add_summary(summary)
 
+    def flush(self) -> None:
+        """Writes what is left, but for up to a dozen events in the queue of TensorBoard's writer."""
+        with naming(self._path):
+            self._file.flush()
+        self._board.flush()
+
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is left, and ends."""
         self._file.close()
         self._board.close()
 

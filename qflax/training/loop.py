@@ -69,24 +69,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     with Interruption() as interruption, presence(), lock:
         with interruption.at_once():
             if is_first():
+                workdir_lib.require_trained(workdir)
                 config_lib.check_unchanged(config, workdir)
                 if not (workdir / config_lib.FILE).exists():
                     workdir_lib.require_unused(workdir)
             if from_first(np.bool_((workdir / workdir_lib.RESULT_FILE).exists())):
-                return _trained(workdir) if is_first() else {}
+                return workdir_lib.load_result(workdir) if is_first() else {}
             trainer = Trainer(config, workdir, interruption)
         return trainer.run()
-
-
-def _trained(workdir: pathlib.Path) -> dict[str, object]:
-    """The result of a run that has ended."""
-    result = workdir_lib.load_result(workdir)
-    require(
-        "train_seconds" in result,
-        f"{workdir}: was quantized without training; to train on from it, choose another --workdir and "
-        f"--config.init_from={workdir}",
-    )
-    return result
 
 
 class Trainer:

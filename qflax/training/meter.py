@@ -17,6 +17,7 @@ class Meter:
         self._seconds, self._elapsed = record["seconds"], record["elapsed"]
         rows = {name: np.float32(values) for name, values in record["rows"].items()}
         self._pending = [rows] if rows else []
+        self._earlier = len(rows["bad_steps"]) if rows else 0  # Steps before this start, which made them.
         self.restart()
 
     def restart(self) -> None:
@@ -37,9 +38,10 @@ class Meter:
         return columns
 
     def first_bad(self, most: int) -> int | None:
-        """The first step with more than `most` bad ones in a row, counted from the last (0), or None."""
-        bad = np.flatnonzero(self.rows().get("bad_steps", np.zeros(0)) > most)
-        return len(self.rows()["bad_steps"]) - 1 - int(bad[0]) if bad.size else None
+        """The first new step with more than `most` bad ones in a row, counted from the last (0), or None."""
+        steps = self.rows().get("bad_steps", np.zeros(0))[self._earlier :]
+        bad = np.flatnonzero(steps > most)
+        return len(steps) - 1 - int(bad[0]) if bad.size else None
 
     def read(self) -> dict[str, float]:
         """Means over the steps that are not logged yet, images/s and training seconds so far.
@@ -61,7 +63,7 @@ class Meter:
 
     def logged(self) -> None:
         """Forgets what has been read and logged."""
-        self._pending = []
+        self._pending, self._earlier = [], 0
         self._seconds, self._elapsed = self._seconds + self._elapsed, 0.0
         self.restart()
 

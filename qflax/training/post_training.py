@@ -14,7 +14,7 @@ import numpy as np
 from qflax import config as config_lib
 from qflax.data import load_training
 from qflax.errors import require
-from qflax.files import write_atomically
+from qflax.files import require_makeable, write_atomically
 from qflax.numerics import full_precision
 from qflax.ptq.divergence import compare_outputs
 from qflax.ptq.recipe import Networks, Settings, apply_recipe, check_recipe
@@ -27,6 +27,7 @@ from qflax.training import allocation, build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
 from qflax.training.kernels import layer_kernels
+from qflax.training.lock import locked
 from qflax.training.logs import Logs, Progress
 from qflax.training.parallel import Devices
 from qflax.training.provenance import provenance
@@ -48,7 +49,7 @@ def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
     Args:
       config: see `configs/default.py`; of a quantized network, with the recipe in `config.ptq`.
       workdir: folder to make; it becomes an ordinary workdir, as of a run at step 0. It is written when all
-        is done.
+        is done but the evaluation on the test split.
 
     Returns:
       The result, as written to `result.json`.
@@ -58,6 +59,12 @@ def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
     """
     workdir = pathlib.Path(workdir)
     workdir_lib.require_unused(workdir, (RECIPE_FILE, SENSITIVITY_FILE))
+    require_makeable(workdir)
+    with locked(workdir):
+        return _quantize(config, workdir)
+
+
+def _quantize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, object]:
     run, began = Run(config), time.monotonic()
     progress = Progress(len(config.ptq.recipe), 0, 1.0)
     try:
@@ -84,12 +91,14 @@ def quantize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
 
 
 def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, object]:
-    """Evaluates on the test split, once, and writes the workdir."""
-    state = jax.device_get(build.state(config, dict(networks.variables)))
-    devices = Devices()
-    test = workdir_lib.load_evaluator(config, "test", devices)(devices.replicate(state.served))
+    """Writes the workdir, and evaluates on the test split, once."""
+    state, devices = jax.device_get(build.state(config, dict(networks.variables))), Devices()
     costs, origin = build.measure_costs(config, state.served), provenance(len(devices))
+    workdir_lib.save_start(config, workdir, state, origin)
     tables = {**tables, workdir_lib.TABLE_FILE: cost_table(costs, config.size_targets, config.size_strengths)}
+    for name, table in tables.items():
+        write_atomically(workdir / name, table + "\n")
+    test = workdir_lib.load_evaluator(config, "test", devices)(devices.replicate(state.served))
     result = {
         "test_accuracy": test["accuracy"],
         "test_top5_accuracy": test["top5_accuracy"],
@@ -101,7 +110,6 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
         **cost_totals(costs),
         **origin,
     }
-    workdir_lib.save_start(config, workdir, state, origin)
     logs = Logs(workdir, 0)
     for i, row in enumerate(rows):
         logs.write(i, {name: x for name, x in row.items() if name != "method"}, "ptq")
@@ -110,8 +118,6 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
     logs.draw_layers(0, costs, layer_kernels(build.model(config), state.served, shape))
     logs.conclude(config_lib.flat(config))
     logs.close()
-    for name, table in tables.items():
-        write_atomically(workdir / name, table + "\n")
     write_atomically(workdir / workdir_lib.RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
 

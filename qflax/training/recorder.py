@@ -1,5 +1,6 @@
 """What a run writes while it goes on: logs, progress, checkpoints; of several processes the first one."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping
 
@@ -89,13 +90,18 @@ class Recorder(Silence):
         self._progress = Progress(total, start, steps_per_epoch)
         self.last_train = self._logs.last_train
         self.say, self.advance, self.show = self._progress.say, self._progress.advance, self._progress.show
-        self.write, self.save = self._logs.write, self._checkpoints.save
+        self.write = self._logs.write
         self.draw_layers, self.conclude = self._logs.draw_layers, self._logs.conclude
 
     @property
     def seconds(self) -> float:
         """See `Logs`."""
         return self._logs.seconds
+
+    def save(self, state, step: int, validation=None, record=None) -> None:
+        """See `CheckpointWriter`; what is logged is in the files first: who goes on does not log it again."""
+        self._logs.flush()
+        self._checkpoints.save(state, step, validation, record)
 
     def wait(self) -> pathlib.Path | None:
         """See `Silence`."""
@@ -104,6 +110,6 @@ class Recorder(Silence):
 
     def close(self) -> None:
         """See `Silence`."""
-        self._progress.close()
-        self._logs.close()
-        self._checkpoints.close()
+        with contextlib.ExitStack() as stack:  # Each one, whatever becomes of the others; checkpoints last.
+            for part in (self._checkpoints, self._logs, self._progress):
+                stack.callback(part.close)

@@ -9,7 +9,7 @@ import numpy as np
 
 from qflax import config as config_lib
 from qflax.errors import require
-from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
+from qflax.models import STATE_DICTS, from_torchvision, is_own, read_state_dict
 from qflax.numerics import full_precision
 from qflax.ptq import correct_biases, fold_norms, reestimate_norms, set_ranges
 from qflax.quantizers import PARAMETERS, ROLES, STATISTICS, calibrate, widths_frozen
@@ -18,7 +18,7 @@ from qflax.training.allocation import allocate_widths
 from qflax.training.logs import Progress
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.state import BATCH_STATS, initial_variables, weights_of
-from qflax.training.workdir import load_workdir
+from qflax.training.workdir import RESULT_FILE, load_workdir
 
 # With other ones, the same weights are another function.
 _SAME_FUNCTION = ("dataset", "mean", "std", "model", "stem", "shortcut", "residual", "norm")
@@ -87,6 +87,8 @@ def start_from(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[d
     if source.suffix in STATE_DICTS:
         return {**variables, **_imported(source, config, variables)}, False
     its, state = load_workdir(source)
+    if not (source / RESULT_FILE).exists() and state.step > 0:
+        Progress.say(f"{source}: has not ended; its checkpoint of step {state.step} is taken")
     folding = config.norm == "folded" and its.norm == "batch"
     _require_same_function(config, its, folding)
     served = _fold(its, state.served) if folding else state.served
@@ -125,6 +127,8 @@ def _image_shape(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 def _require_same_function(config, its, folding: bool) -> None:
     own, theirs = config_lib.plain(config), config_lib.plain(its)
     names = [name for name in _SAME_FUNCTION if not (folding and name == "norm")]
+    if config.norm == "batch" and not is_own(config.model):
+        names.append("batch_norm_epsilon")
     differing = [
         f"{name} is {its[name]!r} there, {config[name]!r} here" for name in names if theirs[name] != own[name]
     ]

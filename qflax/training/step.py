@@ -152,6 +152,7 @@ class TrainStep:
             logits, new = self.model.apply(
                 {**trained, **state.observed}, inputs, train=True, mutable=[*OBSERVED, *reported], rngs=rngs
             )
+            logits = logits.astype(jnp.float32)  # Networks of the user's own may answer in fewer bits.
             task, extra = {"loss": jnp.mean(LOSSES[self.loss](logits, labels))}, {}
             if teacher is not None:
                 soft = jnp.mean(distillation_loss(logits, soft_labels, teacher.temperature))

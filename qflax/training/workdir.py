@@ -14,12 +14,18 @@ from qflax import config as config_lib
 from qflax.data import Dataset, load
 from qflax.data.augment import normalize
 from qflax.errors import UserError, require
-from qflax.files import write_atomically
+from qflax.files import require_makeable, write_atomically
 from qflax.layers import LayerCost
 from qflax.models import STATE_DICTS, from_torchvision, read_state_dict
 from qflax.quantizers import ROLES
 from qflax.training import build
-from qflax.training.checkpoints import DAMAGED_FOLDER, FOLDER, CheckpointWriter, open_checkpoints
+from qflax.training.checkpoints import (
+    DAMAGED_FOLDER,
+    FOLDER,
+    Checkpoints,
+    CheckpointWriter,
+    open_checkpoints,
+)
 from qflax.training.distillation import Teacher
 from qflax.training.evaluate import Evaluator
 from qflax.training.lock import locked
@@ -63,8 +69,8 @@ def load_workdir(
         step = checkpoints.best_step()
         require(
             step is not None,
-            f"{workdir}: has no best checkpoint, since no validation split was evaluated "
-            "(config.validation_examples); use the latest",
+            f"{workdir}: has no sound checkpoint with a validation accuracy (config.validation_examples); "
+            "use the latest",
         )
     return config, checkpoints.restore(build.abstract_state(config), step).state
 
@@ -136,6 +142,7 @@ def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdi
     """
     config_lib.validate(config)
     require_unused(workdir)
+    require_makeable(workdir)
     quantized = [role for role in ROLES if config[role] is not None]
     require(
         not quantized and not config.rules,
@@ -144,23 +151,33 @@ def import_weights(file: pathlib.Path, config: ml_collections.ConfigDict, workdi
     )
     abstract = build.abstract_state(config)
     variables = from_torchvision(read_state_dict(file), abstract.variables, str(file))
-    save_start(config, workdir, build.state(config, variables), {"imported_from": str(file), **provenance(1)})
+    state, origin = build.state(config, variables), {"imported_from": str(file), **provenance(1)}
+    with locked(workdir):
+        save_start(config, workdir, state, origin)
     return count_parameters(variables)
 
 
 def save_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, state: TrainState, origin: Mapping):
-    """Makes a workdir as of a run at step 0.
+    """Makes a workdir as of a run at step 0 of one that is `locked`.
 
     Raises:
       UserError: there is a run in it, or what one would replace.
     """
-    with locked(workdir):
-        require_unused(workdir)
-        config_lib.save(config, workdir)
-        record_start(workdir, 0, origin)
-        checkpoints = CheckpointWriter(workdir)
-        checkpoints.save(jax.device_get(state), 0)
-        checkpoints.close()
+    require_unused(workdir)
+    config_lib.save(config, workdir)
+    record_start(workdir, 0, origin)
+    checkpoints = CheckpointWriter(workdir)
+    checkpoints.save(jax.device_get(state), 0)
+    checkpoints.close()
+
+
+def require_trained(workdir: pathlib.Path) -> None:
+    """Raises `UserError` for what `save_start` has made: training saves nothing before its first step."""
+    require(
+        0 not in Checkpoints(workdir).steps,
+        f"{workdir}: was made without training (qflax import or calibrate); to train on from it, choose "
+        f"another --workdir and --config.init_from={workdir}",
+    )
 
 
 def require_unused(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:

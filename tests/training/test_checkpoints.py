@@ -38,6 +38,10 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert names == {"2", "4", "5"}
     checkpoints = open_checkpoints(tmp_path)
     assert checkpoints.steps == [2, 4, 5] and checkpoints.best_step() == 2
+    empty(checkpoints.folder / "5" / "digests.json")
+    assert Checkpoints(tmp_path).best_step() == 2
+    empty(checkpoints.folder / "2" / "digests.json")
+    assert Checkpoints(tmp_path).best_step() == 4
 
 
 def test_a_state_and_its_record_come_back_bit_for_bit(tmp_path):

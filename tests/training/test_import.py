@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from torchvision_weights import images, state_dict
 
 from qflax.errors import UserError
-from qflax.training import build
+from qflax.training import build, train
 from qflax.training.start import start_from
 from qflax.training.workdir import import_weights, load_workdir
 
@@ -41,6 +41,9 @@ def test_an_imported_workdir_computes_torch_s_logits(weights, tmp_path):
     assert state.step == 0
     with pytest.raises(UserError, match="there is a config.json already; choose another --workdir"):
         import_weights(file, config, tmp_path / "run")
+    with pytest.raises(UserError, match="made without training .*; to train on from it, choose another"):
+        train(config, tmp_path / "run")
+    assert load_workdir(tmp_path / "run")[1].step == 0
 
 
 def test_a_quantized_run_starts_from_the_file_itself(weights):

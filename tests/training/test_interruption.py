@@ -5,6 +5,7 @@ import signal
 import threading
 import weakref
 
+import jax
 import pytest
 
 from qflax.errors import Interrupted
@@ -48,6 +49,31 @@ def test_where_nothing_is_to_be_saved_it_stops_at_once():
         with pytest.raises(Interrupted), interruption.at_once():  # It came before.
             done.append("even more")
     assert not done
+
+
+def test_a_request_is_noted_where_nobody_reads_about_it(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as nobody, Interruption() as interruption:
+        monkeypatch.setattr("sys.stderr", nobody)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested == "SIGTERM"
+        with pytest.raises(Interrupted):
+            interruption.check()
+
+
+def test_of_several_processes_each_passes_one_control_c_on(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    passed = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: passed.append(number))
+    try:
+        with Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert passed == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_is_ignored_stays_so():

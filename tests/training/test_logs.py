@@ -49,6 +49,16 @@ def test_scalars_go_to_both_logs(tmp_path):
     assert (3, "1_learning/loss_train") in events(tmp_path)
 
 
+def test_what_is_flushed_is_in_both_logs(tmp_path):
+    logs = Logs(tmp_path, 0)
+    for step in range(40):
+        logs.write(step, {"loss": 1.5}, "train")
+    logs.flush()
+    assert len(lines(tmp_path)) == 40 and len(events(tmp_path)) >= 40 - 12  # Of a queue of ten.
+    logs.close()
+    assert len(events(tmp_path)) == 40
+
+
 def test_a_resumed_log_drops_what_comes_again_and_half_lines(tmp_path):
     logs = Logs(tmp_path, 0)
     for step in (2, 4, 6):

@@ -36,6 +36,19 @@ def test_skipped_steps_are_counted_and_in_no_mean():
     assert meter.first_bad(1) == 1 and meter.first_bad(0) == 2
 
 
+def test_what_an_earlier_start_passed_over_stays_so():
+    earlier = Meter(8)
+    earlier.add(row(1.0, np.nan, bad=[0, 1]))
+    meter = Meter(8, unlogged=json.loads(json.dumps(earlier.unlogged())))
+    assert meter.first_bad(0) is None
+    meter.add(row(np.nan, 2.0, np.nan, bad=[2, 0, 1]))
+    assert meter.first_bad(0) == 2 and meter.first_bad(1) == 2 and meter.first_bad(2) is None
+    assert meter.read()["skipped_steps"] == 3
+    meter.logged()
+    meter.add(row(np.nan, bad=[1]))
+    assert meter.first_bad(0) == 0
+
+
 def test_only_skipped_steps():
     meter = Meter(8)
     meter.add(row(np.nan, bad=[1]))

@@ -8,6 +8,7 @@ import pytest
 
 from qflax.errors import UserError
 from qflax.training import allocation, build, evaluate_workdir, train
+from qflax.training.lock import locked
 from qflax.training.post_training import measure_sensitivities, quantize
 from qflax.training.workdir import load_workdir
 
@@ -57,8 +58,17 @@ def test_nothing_that_is_there_is_overwritten(quantized):
     with pytest.raises(UserError, match="choose another --workdir"):
         quantize(config, workdir)
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    with pytest.raises(UserError, match=r"was quantized without training; to train on from it, .*init_from="):
+    with pytest.raises(UserError, match=r"made without training .*; to train on from it, .*init_from="):
         train(config, workdir)
+
+
+@pytest.mark.parametrize("workdir", ["README.md/x", "taken"])
+def test_where_nothing_can_be_written_is_told_first(make_tiny_config, tmp_path, monkeypatch, workdir):
+    monkeypatch.setattr("qflax.training.post_training.Run", lambda config: pytest.fail("it has begun"))
+    (tmp_path / "README.md").write_text("mine")
+    message = "is no folder" if workdir != "taken" else "another run is writing here"
+    with locked(tmp_path / "taken"), pytest.raises(UserError, match=message):
+        quantize(make_tiny_config(), tmp_path / workdir)
 
 
 @pytest.mark.parametrize("name", ["recipe.txt", "sensitivity.txt", "layers.txt", "metrics.jsonl"])

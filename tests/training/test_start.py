@@ -13,7 +13,7 @@ from qflax.layers import sizes
 from qflax.training import allocation, build
 from qflax.training.calibration import CalibrationBatches
 from qflax.training.checkpoints import CheckpointWriter
-from qflax.training.start import starting_variables
+from qflax.training.start import start_from, starting_variables
 from qflax.training.state import initial_variables
 
 
@@ -96,3 +96,12 @@ def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"mean is .* there, .*; residual is 'signed' there") as error:
         starting_variables(tiny_config, [])
     assert "\n" not in str(error.value)
+
+
+def test_another_epsilon_is_no_start_where_norms_use_it(tiny_config, tmp_path):
+    random_run(tiny_config, tmp_path)
+    tiny_config.init_from, tiny_config.batch_norm_epsilon = str(tmp_path), 1e-3
+    with pytest.raises(UserError, match="batch_norm_epsilon is 1e-05 there, 0.001 here"):
+        starting_variables(tiny_config, [])
+    tiny_config.norm = "folded"  # With the other run's.
+    start_from(tiny_config, build.abstract_state(tiny_config).variables)

@@ -6,7 +6,7 @@ import pytest
 
 from qflax.data import dataset
 from qflax.errors import UserError
-from qflax.training import train
+from qflax.training import evaluate_workdir, train
 from qflax.training.post_training import quantize
 from qflax.training.workdir import load_workdir
 
@@ -37,6 +37,20 @@ def test_training_does_without_it(tiny_config, tmp_path, unreadable):
     assert max(line["step"] for line in metrics) == tiny_config.num_train_steps
     unreadable()
     assert 0 <= train(tiny_config, tmp_path)["test_accuracy"] <= 1
+
+
+def test_what_was_quantized_is_kept_without_it(tiny_config, tmp_path, unreadable):
+    float_config = tiny_config.copy_and_resolve_references()
+    float_config.weights = float_config.activations = None
+    with pytest.raises(UserError, match="the test images were read"):
+        train(float_config, tmp_path / "float")
+    tiny_config.init_from, tiny_config.ptq.recipe = str(tmp_path / "float"), ("ranges",)
+    tiny_config.ptq.report_examples = 64
+    with pytest.raises(UserError, match="the test images were read"):
+        quantize(tiny_config, tmp_path / "ptq")
+    assert load_workdir(tmp_path / "ptq")[1].step == 0 and (tmp_path / "ptq" / "recipe.txt").exists()
+    unreadable()
+    assert 0 <= evaluate_workdir(tmp_path / "ptq")[0]["accuracy"] <= 1
 
 
 @pytest.mark.thorough
