@@ -1,6 +1,7 @@
 """Every field, its meaning, its unit and its default. The other configs override a few of them.
 
-Any field can be set on the command line: `--config.batch_size=256 --config.weights.bits=3`.
+Fields that a config has can be set on the command line: `--config.batch_size=256`, and of a quantized one
+`--config.weights.bits=3`.
 """
 
 import dataclasses
@@ -94,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.calibration_examples = 1024  # Training images from which ranges are set before the first step.
     config.calibration_batch_size = 256  # They come in whole batches of that size.
     # What becomes of the batches' ranges: batches is their mean, ema their running average; set is the range
-    # of all images as one batch, in up to four passes.
+    # of all images as one batch, in up to three passes, and the first batch once more.
     config.calibration = "batches"
 
     # Post-training quantization (qflax calibrate), on the same images as calibration.

@@ -2,7 +2,7 @@
 
 python train.py --config=configs/resnet18_fp32_cifar10.py
 
-Not measured yet.
+Measured so far, shortened: 51.98 % after 2 of 200 epochs.
 """
 
 from configs import resnet18_float_cifar10

@@ -2,7 +2,8 @@
 
 python train.py --config=configs/resnet18_w8a8_e4m3_cifar10.py --config.init_from=runs/resnet18_fp32_cifar10
 
-Nothing is scaled. The classifier's bias and the logits are float. Not measured yet.
+Nothing is scaled. The classifier's bias and the logits are float. Measured so far, shortened: 53.06 % after 1
+of 30 epochs, from a float network at 51.98 %.
 """
 
 from configs import default, resnet18_fp32_cifar10

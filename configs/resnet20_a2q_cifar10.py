@@ -1,6 +1,6 @@
 """ResNet-20 for a 16-bit accumulator (A2Q+): 4-bit weights and activations, 8-bit stem and classifier.
 
-python train.py --config=configs/resnet20_a2q_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
+python train.py --config=configs/resnet20_a2q_cifar10.py --config.init_from=runs/fp32
 
 `--config.weights.accumulator_bits=12` is another accumulator, `--config.weights.variant=a2q` the first
 version of the method. The accumulators of stem and classifier are as wide as their weights need.

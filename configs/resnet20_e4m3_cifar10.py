@@ -1,6 +1,6 @@
 """ResNet-20 with 8-bit floating-point weights and activations (e4m3), fine-tuned from the float one.
 
-python train.py --config=configs/resnet20_e4m3_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
+python train.py --config=configs/resnet20_e4m3_cifar10.py --config.init_from=runs/fp32
 
 Weights are scaled by their largest magnitude per channel, activations are not scaled.
 """

@@ -1,11 +1,11 @@
 """ResNet-20 with learned bit widths, fine-tuned from the float one: weights of 70 KiB, activations of at most
 8 KiB.
 
+python train.py --config=configs/resnet20_mixed_cifar10.py --workdir=runs/mixed --config.init_from=runs/fp32
 python train.py --config=configs/resnet20_mixed_cifar10.py
-python train.py --config=configs/resnet20_mixed_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
 
 Measured so far, shortened: 83.34 % at 65.60 KiB and 8.00 KiB after 8 epochs from a float network at 83.95 %,
-see docs/results.md. The first command above starts from random weights, for which
+see docs/results.md. The second command above starts from random weights, for which
 --config.learning_rate=0.1 is more to the point; that was not measured.
 """
 

@@ -1,6 +1,6 @@
 """ResNet-20 with 3-bit weights and activations, learned scales, 8-bit stem and classifier.
 
-python train.py --config=configs/resnet20_w3a3_cifar10.py --config.init_from=runs/resnet20_fp32_cifar10
+python train.py --config=configs/resnet20_w3a3_cifar10.py --config.init_from=runs/fp32
 
 The float network is the teacher, too. Not measured yet.
 """

@@ -50,7 +50,7 @@ def _train(arguments: Sequence[str]) -> None:
         type=_path,
         help="folder for everything the run writes; runs/NAME of the configuration by default",
     )
-    several = parser.add_argument_group("several processes", "SLURM's and TPU slices' need no options")
+    several = parser.add_argument_group("several processes", "SLURM, Open MPI and TPU slices need no options")
     several.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
     several.add_argument("--num_processes", type=int, metavar="N", help="1 stays alone")
     several.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
@@ -85,7 +85,16 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="configuration; fields by --config.FIELD=VALUE")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a Python file such as configs/resnet20_int4_cifar10.py; --config.FIELD=VALUE changes a field",
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    which = "the latest (default), or the best by validation accuracy"
+    parser.add_argument("--checkpoint", default="latest", choices=("latest", "best"), help=which)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -98,8 +107,9 @@ def _run(arguments: Sequence[str]) -> int | None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     evaluate = commands.add_parser("evaluate", help="accuracy and per-layer table of a trained network")
     evaluate.add_argument("workdir", type=_path, help="folder of a run")
-    evaluate.add_argument("--split", default="test", choices=("test", "validation", "train"))
-    evaluate.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
+    splits = ("test", "validation", "train")
+    evaluate.add_argument("--split", default="test", choices=splits, help="images (default: test)")
+    _add_checkpoint(evaluate)
     evaluate.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     evaluate.set_defaults(run=_evaluate)
     importing = commands.add_parser(
@@ -122,11 +132,13 @@ def _run(arguments: Sequence[str]) -> int | None:
     sensitivity.set_defaults(run=_sensitivity)
     exporting = commands.add_parser("export", help="write a trained network to a file that others execute")
     exporting.add_argument("workdir", type=_path, help="folder of a run")
-    exporting.add_argument("--format", default="packed", help="packed, qonnx, qcdq or stablehlo")
+    exporting.add_argument("--format", default="packed", help="packed (default), qonnx, qcdq or stablehlo")
     exporting.add_argument("--output", type=_path, required=True, help="file to make")
-    exporting.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
+    _add_checkpoint(exporting)
     exporting.set_defaults(run=_export)
-    verifying = commands.add_parser("verify", help="prove the accumulator bounds of an exported file")
+    verifying = commands.add_parser(
+        "verify", help="prove the accumulator bounds of an exported file; exit code 1 if anything fails"
+    )
     verifying.add_argument("file", type=_path, help="packed, qonnx or qcdq")
     verifying.add_argument("--data", choices=("cifar10", "digits"), help="test images to run, too")
     verifying.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")

@@ -60,6 +60,13 @@ def lower(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) ->
     return simplified(graph)
 
 
+def evaluate(function: Callable[[jax.Array], jax.Array], x: np.ndarray) -> np.ndarray:
+    """What `function` gives for `x` as a graph would compute it: operation by operation, none fused."""
+    traced = jax.make_jaxpr(function)(x)
+    (result,) = _Walk().run(traced.jaxpr, _known(traced.consts), _known([x]), "")
+    return result.whole()
+
+
 class _Walk:
     """Goes through equations; collects nodes and constants."""
 

@@ -20,7 +20,9 @@ def import_onnx() -> types.ModuleType:
     try:
         import onnx
     except ImportError as error:
-        raise UserError("onnx: not installed; pip install qflax[export]") from error
+        raise UserError(
+            "onnx: not installed; run pip install -e '.[export]' in the folder of qflax"
+        ) from error
     return onnx
 
 

@@ -18,6 +18,7 @@ from qflax.deploy.simplify import used_nodes
 from qflax.errors import require
 
 _MULTIPLIER_BITS = 31
+_MOST = 61  # Bits to shift by, so that int64 holds what half of the last one is added to.
 _STRUCTURAL = ("slice", "pad", "reshape", "transpose")
 
 
@@ -146,13 +147,17 @@ class _Rescaling:
         )
 
     def _shift(self, form: _Affine) -> int:
-        """The largest n with multipliers of 31 bits and sums within 62."""
+        """The largest n up to 61 with multipliers of 31 bits and sums within 62."""
         largest = max(float(np.max(np.abs(a))) for _, a in form.terms)
         total = float(np.max(np.abs(form.offset)))
         for name, a in form.terms:
             total += float(np.max(np.abs(a))) * max(map(abs, self.ranges[name]))
-        of_multipliers = _MULTIPLIER_BITS - 1 - math.ceil(math.log2(largest))
-        return max(1, min(of_multipliers, 61 - math.ceil(math.log2(total))))
+        return max(1, min(_MOST, _MULTIPLIER_BITS - 1 - _exponent(largest), _MOST - _exponent(total)))
+
+
+def _exponent(x: float) -> int:
+    """Of the least power of two that is not below it; one of no consequence for what is next to nothing."""
+    return math.ceil(math.log2(max(x, 2.0**-_MOST)))
 
 
 def _integer(name: str) -> _Affine:

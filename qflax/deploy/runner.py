@@ -79,10 +79,15 @@ class IntegerRunner:
         self._run = jax.jit(self._execute)
 
     def __call__(self, x: np.ndarray | jax.Array) -> jax.Array:
-        """The output for float32 or uint8 [batch, *shape]; adds to `extremes`."""
+        """The output, float32 [batch, ...], for float32 or uint8 [batch, *shape]; adds to `extremes`."""
         require(
             not self._of_bytes or np.issubdtype(x.dtype, np.integer),
             f"rescaling='integer' is for images of whole numbers, and these are {x.dtype}; pass uint8",
+        )
+        require(
+            tuple(x.shape[1:]) == self.graph.shape,
+            f"an input of {list(x.shape[1:])} was given; the network takes {list(self.graph.shape)} of each "
+            "example",
         )
         with jax.enable_x64(self._wide or jax.config.jax_enable_x64):
             y, extremes = self._run(jnp.asarray(x, jnp.float32))

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 import opt_einsum
+from flax.core.meta import AxisMetadata
 
 from qflax.layers.product import Product
 
@@ -57,7 +58,10 @@ class DenseGeneral(Product, nn.DenseGeneral):
         features = math.prod(self._features)
 
         def init(key, shape, dtype):  # As Flax does it: as of a matrix.
-            return self.kernel_init(key, (math.prod(shape) // features, features), dtype).reshape(shape)
+            kernel = self.kernel_init(key, (math.prod(shape) // features, features), dtype)
+            if isinstance(kernel, AxisMetadata):  # As of `nn.with_partitioning`.
+                return kernel.replace_boxed(kernel.unbox().reshape(shape))
+            return kernel.reshape(shape)
 
         return init
 

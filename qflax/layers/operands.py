@@ -57,7 +57,8 @@ def quantize_bias(
         has_integer_sums(kernel, inputs),
         f"{where}: an integer bias has the scale of input times weights, and here one of them is no integer "
         "with one scale; quantize the weights, and what comes before them by a rule for its activations "
-        "(before the classifier 'pool/output'), or leave this layer's bias float (biases=None)",
+        f"(before a ResNet's classifier 'pool/output', else '{where}/input'), or leave this layer's bias "
+        "float (biases=None)",
     )
     scale = jnp.broadcast_to(jax.lax.stop_gradient(inputs.scale * kernel.scale), bias.shape)
     codes = spec.format.unscaled(jax.lax.stop_gradient(bias), scale)

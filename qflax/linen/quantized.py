@@ -97,8 +97,12 @@ def describe(model: "Quantized", *args, **kwargs) -> description.Description:
       *args, **kwargs: what it is called with, such as an example of its input; nothing is computed.
 
     Raises:
-      UserError: a layer cannot be quantized as it shall be.
+      UserError: the model is not quantized, or a layer cannot be quantized as it shall be.
     """
+    require(
+        hasattr(model, "quantization"),
+        f"describe: {type(model).__name__} is not quantized; give what qflax.quantize has returned",
+    )
     with description.collecting() as found:
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kwargs))
     places = []
@@ -213,6 +217,12 @@ def _drop_out(module: nn.Dropout, call: Callable, inputs: jax.Array, *args, **kw
     return x.replace(value=product(unscaled, jax.lax.stop_gradient(scale)), unscaled=unscaled, scale=scale)
 
 
+def _of_sign(x: typing.Any, inputs: typing.Any, *others) -> typing.Any:
+    """With what is known of the sign of `inputs`: evaluation, which drops nothing, knows it, too."""
+    del others
+    return inputs.of(payload_of(x)) if isinstance(x, Carried) and isinstance(inputs, Carried) else x
+
+
 def _with_sign(spec: Spec | None, signed: bool) -> Spec | None:
     """What a place makes of a spec that leaves the sign open; a zero point covers it."""
     takes_sign = isinstance(spec, Uniform | MixedPrecision) and getattr(spec, "symmetric", True)
@@ -235,7 +245,7 @@ class _Places:
 
     def intercept(self, next_call, args, kwargs, context):
         """Stands in for the methods of modules, see `flax.linen.intercept_methods`."""
-        module = context.module
+        module, drops_out = context.module, False
         if self._inside or module.scope is None:
             return next_call(*args, **kwargs)
         if self._trace.is_left():
@@ -249,13 +259,15 @@ class _Places:
                 return self._apart(self._product, layer, *args, **kwargs)
             if isinstance(module, NORMS):
                 return self._apart(self._norm, module, *args, **kwargs)
-            if computes_as(module, nn.Dropout) and module.rate < 1 and _on_grid(*args):
+            drops_out = computes_as(module, nn.Dropout)
+            if drops_out and module.rate < 1 and _on_grid(*args):
                 return self._apart(_drop_out, module, next_call, *args, **kwargs)
         self._modules.append((module.scope, collections.Counter()))
         try:
-            return next_call(*args, **kwargs)
+            result = next_call(*args, **kwargs)
         finally:
             self._modules.pop()
+        return _of_sign(result, *args, *kwargs.values()) if drops_out else result
 
     def _in_transformation(self, next_call, args, kwargs, context):
         """A method that a transformation calls, which the model's code has begun."""

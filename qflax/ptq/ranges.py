@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import flax.linen as nn
 import jax
 
+from qflax.errors import require
 from qflax.quantizers import calibrate, project_weights
 
 
@@ -17,14 +18,22 @@ def set_ranges(
     set again behind them; norm statistics and biases should be, too.
 
     Args:
-      model: the quantized network.
+      model: the quantized network, which can be called with `train=False`.
       variables: its variables.
-      batches: model inputs [batch, ...], all of one shape; passed over several times.
+      batches: model inputs [batch, ...], all of one shape; passed over several times, as a list can be.
       **calibration: arguments of `quantizers.calibrate`, and of the model.
 
     Returns:
       The variables, and whether weights were projected.
+
+    Raises:
+      UserError: `batches` can be passed over only once; see also `quantizers.calibrate`.
     """
+    require(
+        iter(batches) is not batches,
+        "set_ranges: batches can be passed over only once, and this takes several passes; give a list, or an "
+        "object whose iter() starts anew",
+    )
     variables = calibrate(model, variables, batches, **calibration)
     variables, projected = project_weights(model, variables, next(iter(batches))[:1], train=False)
     if projected:

@@ -130,7 +130,9 @@ class AccumulatorAwareQuantizer(Quantizer):
         problem = None
         if not isinstance(inputs, QuantizedArray):
             problem = "float; quantize what comes before it by a rule for its activations (before the first "
-            problem += "layer that is 'input', before the classifier 'pool/output')"
+            problem += (
+                f"layer of a ResNet 'input', before its classifier 'pool/output'; else '{where}/input')"
+            )
         elif not isinstance(inputs.format, IntegerFormat | LearnedInteger):
             problem = "a minifloat; give the activations before it kind='uniform'"
         elif inputs.scale.ndim > 0:

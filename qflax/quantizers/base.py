@@ -27,6 +27,11 @@ class Quantizer(nn.Module):
     has set them. In it activations pass through unquantized, so that every range is that of the float
     network behind quantized weights.
 
+    A subclass has the `format`, and maps `__call__(x, inputs)` to a `QuantizedArray`, which
+    `quantized_array` makes; `inputs` is what a kernel is multiplied with. What it computes must be the same
+    bits in every program, or exports differ: made by `numerics.product` and `quotient`, and of maxima rather
+    than of sums.
+
     Attributes:
       spec: describes the quantizer.
       weights: True for a kernel [..., channels], False for activations [batch, ..., channels].

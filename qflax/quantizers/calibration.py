@@ -57,7 +57,8 @@ def calibrate(
       The variables with new quantizer parameters and statistics.
 
     Raises:
-      UserError: `over`, `momentum` or `batches` are impossible; a range is not finite.
+      UserError: `over`, `momentum` or `batches` are impossible; a quantizer was not called; a range is not
+        finite.
     """
     choose("over", over, CALIBRATIONS)
     require(0 < momentum <= 1, f"momentum={momentum!r}: must be in (0, 1]")
@@ -93,6 +94,7 @@ def calibrate(
     for batch in batches:
         own = observe({**variables, GIVEN: given}, own, batch)
     require(batch is not None, f"over={over!r}: batches is empty, or used up; give at least one batch")
+    _require_reached(own[STATISTICS], roles)
     _require_finite(own)
     return {**variables, **own}
 
@@ -117,6 +119,22 @@ def _counts(path: tuple, roles: Sequence[str]) -> bool:
     if path[-1].key != "count":
         return False
     return len(path) == 1 or ("weights" if path[-2].key == "weights" else "activations") in roles
+
+
+def _require_reached(statistics: Mapping, roles: Sequence[str]) -> None:
+    """Raises `UserError` with the paths of quantizers that saw nothing: their ranges would be none."""
+    counts = jax.tree_util.tree_leaves_with_path(jax.device_get(statistics))
+    missed = [
+        "/".join(key.key for key in path[:-1])
+        for path, x in counts
+        if _counts(path, roles) and np.size(x) and not np.any(x)
+    ]
+    require(
+        not missed,
+        f"{', '.join(missed[:3])}: not calibrated: the model did not call it, or calls it where nothing is "
+        "stored (nn.WeightNorm, nn.RNN without variable_axes); call the model such that it does, or leave it "
+        "float by a rule",
+    )
 
 
 def _require_finite(own: Mapping) -> None:

@@ -123,7 +123,7 @@ class _Search(_Extremes):
             self._merge = np.add
             return not super()._conclude(total)
         best = np.argmin(self._costs(total), axis=0)
-        self._ends = self._ends * np.asarray(fractions())[best]
+        self._ends = self._ends * fractions()[best]
         return True
 
     @abc.abstractmethod

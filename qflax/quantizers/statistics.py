@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qflax.numerics import IntegerFormat, MinifloatFormat, vary_alike
+from qflax.numerics import IntegerFormat, MinifloatFormat, product, quotient, vary_alike
 
 STATISTICS_KINDS = ("absmax", "percentile", "mse", "kl", "mean")
 
@@ -94,7 +95,7 @@ def symmetric_range(
     elif kind == "percentile":
         ranges = jax.lax.stop_gradient(_percentile(rows, percentile))
     elif kind == "mean":
-        ranges = jax.lax.stop_gradient(range_of_mean(jnp.mean(rows, axis=1), fmt))
+        ranges = jax.lax.stop_gradient(range_of_mean(_mean(rows), fmt))
     else:
         rows = jax.lax.stop_gradient(rows)
         largest = jnp.max(rows, axis=1)
@@ -102,7 +103,8 @@ def symmetric_range(
             costs = squared_errors(rows, largest, fmt)
         else:
             costs = divergences(histogram(rows, largest), largest, fmt)
-        ranges = jnp.maximum(largest, SMALLEST_RANGE) * fractions()[jnp.argmin(costs, axis=0)]
+        best = jnp.asarray(fractions())[jnp.argmin(costs, axis=0)]
+        ranges = product(jnp.maximum(largest, SMALLEST_RANGE), best)
     return ranges if per_channel else ranges[0]
 
 
@@ -124,8 +126,8 @@ def asymmetric_range(
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     if kind != "mse":
         return low, high
-    best = fractions()[jnp.argmin(asymmetric_squared_errors(x, low, high, fmt))]
-    return low * best, high * best
+    best = jnp.asarray(fractions())[jnp.argmin(asymmetric_squared_errors(x, low, high, fmt))]
+    return product(low, best), product(high, best)
 
 
 def magnitudes(x: jax.Array, fmt: IntegerFormat, per_channel: bool) -> jax.Array:
@@ -133,6 +135,15 @@ def magnitudes(x: jax.Array, fmt: IntegerFormat, per_channel: bool) -> jax.Array
     x = x.astype(jnp.float32)
     magnitude = jnp.abs(x) if fmt.signed else jnp.maximum(x, 0.0)
     return magnitude.reshape(-1, magnitude.shape[-1]).T if per_channel else magnitude.reshape(1, -1)
+
+
+def _mean(rows: jax.Array) -> jax.Array:
+    """Means [rows] of [rows, elements], the same bits in every program: added by halves, in this order."""
+    count, total = rows.shape[1], rows
+    while (n := total.shape[1]) > 1:
+        half = (n + 1) // 2
+        total = total[:, :half] + jnp.pad(total[:, half:], ((0, 0), (0, 2 * half - n)))
+    return quotient(total[:, 0], count)
 
 
 def one_sided_rank(percentile: float, n: int) -> int:
@@ -150,12 +161,12 @@ def two_sided_ranks(percentile: float, n: int) -> tuple[int, int]:
 
 def range_of_mean(mean: jax.Array, fmt: IntegerFormat) -> jax.Array:
     """The range of `mean` from the mean magnitude."""
-    return 2 * mean / math.sqrt(fmt.highest) * fmt.threshold
+    return product(quotient(2 * mean, np.float32(math.sqrt(fmt.highest))), fmt.threshold)
 
 
-def fractions() -> jax.Array:
+def fractions() -> np.ndarray:
     """The candidates of `mse` and `kl`, as fractions of the largest magnitude: float32 [100]."""
-    return jnp.arange(1, _CANDIDATES + 1, dtype=jnp.float32) / _CANDIDATES
+    return np.arange(1, _CANDIDATES + 1, dtype=np.float32) / np.float32(_CANDIDATES)
 
 
 def squared_errors(rows: jax.Array, largest: jax.Array, fmt: IntegerFormat) -> jax.Array:

@@ -79,7 +79,8 @@ def relative_learning_rate(
     """
     require(
         warmup_steps < num_steps,
-        f"config.warmup_epochs: {warmup_steps} steps of warm-up in a run of {num_steps}; shorten it",
+        f"config.warmup_epochs: its {warmup_steps} steps must be fewer than the run's {num_steps}; lower it "
+        "(0 is none), or raise config.num_epochs or config.num_train_steps",
     )
     rest = num_steps - warmup_steps
     factors = {}

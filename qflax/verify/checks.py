@@ -21,7 +21,11 @@ _UNIT = (0.0, 1.0)  # Range of inputs for files that do not tell.
 
 
 def load(path: pathlib.Path) -> Network:
-    """The network of a packed or QONNX file; UserError if it is neither, or damaged."""
+    """The network of a packed or ONNX file (QONNX, QCDQ); UserError if it is neither, or damaged."""
+    require(
+        not path.is_dir(),
+        f"{path}: is a folder; export a workdir first (qflax export {path} --output=FILE), then verify that",
+    )
     try:
         with open_file(path) as file:
             start = file.read(2)
@@ -41,7 +45,7 @@ def verify(
     """Reads a network and checks what it promises.
 
     Args:
-      path: of a packed or a QONNX file.
+      path: of a packed, QONNX or QCDQ file.
       images: uint8 [n, height, width, channels] to measure the accuracy on, or None. They are spread over the
         range of the probe's inputs; over 0 ... 1 in files of other tools.
       labels: whole numbers [n].
@@ -70,7 +74,7 @@ def _checked(
 ) -> Report:
     failures, notes = [], []
     probe, difference = _compare_with_trained(network, analysis, failures)
-    if network.dialect == "QONNX":
+    if network.dialect != "packed":
         _compare_with_package(network, analysis, failures, notes)
     accuracy, classes, seen = None, (), {}
     if images is not None:

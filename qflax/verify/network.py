@@ -47,7 +47,7 @@ class Network:
 
     Attributes:
       path: of the file.
-      dialect: `packed` or `QONNX`.
+      dialect: `packed`, `QONNX`, or `ONNX` as of QCDQ files.
       shape: of one example: of images [height, width, channels].
       output: number of the value.
       nodes: in an order in which they can be executed.

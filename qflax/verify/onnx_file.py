@@ -25,7 +25,10 @@ def open_model(path: pathlib.Path):
             model = onnx.load_model_from_string(file.read())
         _check(model)
     except (DecodeError, OSError, ValueError, MemoryError) as error:
-        raise UserError(f"{path}: is neither a packed network nor an ONNX file: {one_line(error)}") from None
+        raise UserError(
+            f"{path}: is neither a packed network nor an ONNX file (StableHLO cannot be verified): "
+            f"{one_line(error)}"
+        ) from None
     require(
         len(model.graph.node) > 0 and len(model.graph.output) == 1,
         f"{path}: is neither a packed network nor an ONNX network with one output",

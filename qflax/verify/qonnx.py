@@ -33,8 +33,11 @@ def read(path: pathlib.Path) -> Network:
 
 def executor(path: pathlib.Path) -> str:
     """The package that executes a file: onnxruntime what is plain ONNX, qonnx all else."""
-    plain = all(node.domain in ("", "ai.onnx") for node in open_model(path).graph.node)
-    return "onnxruntime" if plain else "qonnx"
+    return "onnxruntime" if _is_plain(open_model(path)) else "qonnx"
+
+
+def _is_plain(model) -> bool:
+    return all(node.domain in ("", "ai.onnx") for node in model.graph.node)
 
 
 def execute(path: pathlib.Path, x: np.ndarray) -> np.ndarray:
@@ -126,7 +129,8 @@ def _network(path: pathlib.Path, model) -> Network:
     if others:
         raise ValueError(f"metadata: {min(others)!r} has accumulator_bits, but is no convolution or product")
     probe = Probe.from_json(metadata["probe"]) if metadata else None
-    network = builder.network(path, "QONNX", values[model.graph.output[0].name], probe, inputs)
+    dialect = "ONNX" if _is_plain(model) else "QONNX"
+    network = builder.network(path, dialect, values[model.graph.output[0].name], probe, inputs)
     if probe:
         _check_metadata(network, metadata)
     return network

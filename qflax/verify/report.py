@@ -42,7 +42,7 @@ class Report:
 
     Attributes:
       path: of the file.
-      dialect: `packed` or `QONNX`.
+      dialect: `packed`, `QONNX`, or `ONNX` as of QCDQ files.
       layers: in the order of execution.
       probe: the result of the comparison with the trained network, in words.
       probe_difference: largest one of the outputs; None without a probe.

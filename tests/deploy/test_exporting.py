@@ -14,6 +14,7 @@ from qflax.deploy.runner import IntegerRunner, enough_bits, execute
 from qflax.deploy.table import layer_table
 from qflax.errors import UserError
 from qflax.layers import Dense
+from qflax.linen import quantize
 from qflax.quantizers import Quantization, Uniform, calibrate
 from qflax.verify import verify
 
@@ -124,3 +125,49 @@ def test_the_table_has_a_line_per_kernel(trained, tmp_path):
         "classifier",
     ]
     assert all(line.endswith("12 bits") and " int4 " in line for line in lines[1:])
+
+
+class Own(nn.Module):
+    """A user's arithmetic, which XLA fuses, or divides by a reciprocal for."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(16)(x))
+        if self.kind == "layer scale":
+            x = x + 0.3 * nn.relu(nn.Dense(16)(x))
+        x = nn.Dense(8)(x)
+        if self.kind == "temperature":
+            return x / 0.7
+        if self.kind == "scale and shift":
+            return x * self.param("scale", nn.initializers.normal(), (8,)) + 0.1
+        return nn.hard_silu(x)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "scale and shift", "layer scale", "hard silu"])
+def test_arithmetic_of_the_user_s_is_exported_operation_by_operation(tmp_path, kind):
+    model = quantize(Own(kind), weights=Uniform(bits=4), activations=Uniform(bits=4))
+    x = np.random.default_rng(0).normal(size=(64, 12)).astype(np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    result = export(
+        model.apply, variables, (12,), str(tmp_path / "file"), format="packed", low=-2.0, high=2.0
+    )
+    assert result.exact and result.difference <= 1e-6  # No code is another one here.
+    report = verify(tmp_path / "file")
+    assert report.ok and report.probe_difference == 0
+
+
+@pytest.mark.parametrize("statistic", ["mean", "mse", "kl", "percentile"])
+def test_scales_from_any_statistic_of_the_weights_are_the_same_in_every_program(tmp_path, statistic):
+    weights = Uniform(bits=4, scale="statistic", statistic=statistic, granularity="per_channel")
+    policy = Quantization(weights=weights, activations=Uniform(bits=8, scale="static"))
+    model = Dense(64, quantize_input=True, quantization=policy)
+    x = np.random.default_rng(0).normal(size=(32, 500)).astype(np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    result = export(
+        lambda v, x: value(model.apply(v, x)),
+        *(variables, (500,), tmp_path / "file"),
+        **dict(format="packed", low=-2.0, high=2.0),
+    )
+    assert result.exact and result.difference == 0

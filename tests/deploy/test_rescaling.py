@@ -1,14 +1,20 @@
 """Integer-only networks: no floats between the pixels and the last scale, and nearly all codes the same."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from networks import images
+from networks import INPUT, images, value
 
+from qflax.deploy.lowering import lower
 from qflax.deploy.ranges import integer_ranges
 from qflax.deploy.rescaling import integer_only
 from qflax.deploy.runner import IntegerRunner, execute
 from qflax.errors import UserError
+from qflax.layers import Dense, Quantize
+from qflax.quantizers import Quantization, Uniform, calibrate
 
 X = images(50, seed=4)
 INTEGER_ONLY = ("int4", "per channel", "zero points", "mixed", "a2q+")
@@ -60,3 +66,25 @@ def test_minifloats_and_floats_are_told_of(lowered, name):
             IntegerRunner(graph, rescaling="integer")
     with pytest.raises(UserError, match="rescaling='fixed'"):
         IntegerRunner(graph, rescaling="fixed")
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-30])
+def test_sums_that_are_next_to_nothing(size):
+    """As behind a norm whose scale is."""
+    weights = Uniform(bits=8, scale="static")
+    policy = Quantization(weights=weights, activations=Uniform(bits=8, scale="static"), rules=(INPUT,))
+
+    class Dead(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = Quantize(name="input", quantization=policy)(x / 128 - 1)
+            x = value(Dense(8, quantization=policy, name="first")(x)) * np.float32(size)
+            return value(Dense(4, quantize_input=True, quantization=policy, name="last")(x))
+
+    x = np.random.default_rng(0).integers(0, 256, (16, 20)).astype(np.uint8)
+    variables = Dead().init(jax.random.key(0), x.astype(np.float32))
+    variables = calibrate(Dead(), variables, [x.astype(np.float32)])
+    graph = lower(functools.partial(Dead().apply, variables), (20,))
+    expected = IntegerRunner(graph)(x)
+    scale = float(np.max(np.abs(expected)))
+    np.testing.assert_allclose(IntegerRunner(graph, rescaling="integer")(x), expected, atol=0.02 * scale)

@@ -12,7 +12,7 @@ from plain_networks import MobileNet, PlainCNN
 from qflax.deploy import export
 from qflax.errors import UserError
 from qflax.layers import layer_costs
-from qflax.linen import describe, quantize
+from qflax.linen import describe, description, quantize
 from qflax.ptq.recipe import Networks, Settings, apply_recipe
 from qflax.ptq.reconstruction import Reconstruction
 from qflax.quantizers import (
@@ -432,6 +432,48 @@ def test_dropout_keeps_the_grid_and_its_expectation():
         gradient = jax.grad(loss, allow_int=True)(variables)
         assert np.abs(gradient["params"]["Dense_0"]["kernel"]).max() > 0
         assert np.abs(gradient["quantizer_params"]["relu_0"]["activations"]["scale"]) > 0
+
+
+def test_dropout_keeps_the_sign():
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(16)(x)))
+            return nn.Dense(3, name="last")(x)
+
+    model, x = quantize(Dropping(), weights=W4, activations=A8), jnp.ones((4, 8))
+    with description.collecting() as found:
+        variables = model.init(jax.random.key(0), x)
+        model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(1)})
+    specs = [place.specs["activations"] for place in found if place.path == "last/input"]
+    assert [spec.signed for spec in specs] == [False, False]
+
+
+def test_what_calibration_cannot_reach_is_told():
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(5))(x)
+
+    model, x = quantize(Normalized(), weights=Uniform(bits=8, scale="static")), jnp.ones((4, 8))
+    with pytest.raises(UserError, match="weights: not calibrated: .*nn.WeightNorm") as error:
+        calibrate(model, model.init(jax.random.key(0), x), [x])
+    assert "\n" not in str(error.value)
+
+
+def test_a_plain_model_is_not_described():
+    with pytest.raises(UserError, match="describe: Dense is not quantized; give what qflax.quantize"):
+        describe(nn.Dense(3), jnp.ones((1, 2)))
+
+
+def test_partitioned_kernels_stay_so():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("a", "b", "c"))
+    model = nn.DenseGeneral((5, 2), kernel_init=init)
+    x = jnp.ones((4, 8))
+    ours = quantize(model, weights=W4).init(jax.random.key(0), x)["params"]["kernel"]
+    theirs = model.init(jax.random.key(0), x)["params"]["kernel"]
+    assert ours.names == theirs.names
+    np.testing.assert_array_equal(ours.value, theirs.value)
 
 
 @pytest.mark.parametrize(
