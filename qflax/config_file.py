@@ -37,8 +37,13 @@ def read(file: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(changes))
         rest = values(["", *changes])[1:]
     except Exception as error:  # Parsers of the types raise unrelated ones.
-        named = isinstance(error, AttributeError | KeyError)
-        reason = ("the configuration has no such field: " if named else "") + _reason(error)
+        named, reason = isinstance(error, AttributeError | KeyError), _reason(error)
+        if field := re.search(r'field "(\w+)" is None', reason):
+            reason = (
+                f"config.{field[1]} is None in {shown(file, plain=True)} and has no fields; set it in a file"
+            )
+            reason += ", or take one that does, such as configs/resnet20_int4_cifar10.py"
+        reason = ("the configuration has no such field: " if named else "") + reason
         raise UserError(f"{shown(' '.join(changes), plain=True)}: {reason}; {_SEE}") from None
     if rest:
         raise UserError(f"{shown(rest[0])}: not understood; {_USAGE}")

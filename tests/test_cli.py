@@ -107,7 +107,16 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
         ),
         (["--config=configs/quickstart.py", "--config.num_devices=99"], ["num_devices=99"]),
         (["--config=configs/quickstart.py", "--config.batch_size=5000"], ["batch_size=5000"]),
-        (["--config=configs/quickstart.py", "--config.init_from=/nowhere"], ["/nowhere", "not a workdir"]),
+        (
+            ["--config=configs/quickstart.py", "--config.init_from=/nowhere"],
+            ["config.init_from='/nowhere': not a workdir"],
+        ),
+        (
+            ["--config=configs/resnet20_fp32_cifar10.py", "--config.weights.bits=3"],
+            [
+                "config.weights is None in configs/resnet20_fp32_cifar10.py and has no fields; set it in a file"
+            ],
+        ),
         (["--config=configs/quickstart.py", "--config.weights.roundng=floor"], ["roundng", "quantizers"]),
         (["extra", "--config=configs/quickstart.py"], ["'extra'"]),
         (

@@ -44,6 +44,9 @@ def constrain(quantizer_params: Mapping, state: Mapping) -> dict:
     Args:
       quantizer_params: the collection `PARAMETERS`.
       state: what a forward pass with `CONSTRAINTS` mutable returned.
+
+    Raises:
+      UserError: `CONSTRAINTS` was not mutable.
     """
     return _each(lambda constraint, own: constraint.project(own), state, quantizer_params)
 
@@ -51,7 +54,11 @@ def constrain(quantizer_params: Mapping, state: Mapping) -> dict:
 def limit_gradients(gradients: Mapping, quantizer_params: Mapping, state: Mapping) -> dict:
     """Gradients of `quantizer_params` within the bounds that their quantizers set.
 
+    Of learned widths: of a width within one bit, of a step and a range within one step (Uhlich et al. 2020).
     Call it after the gradients have been averaged over the devices, or the bound depends on their number.
+
+    Raises:
+      UserError: `CONSTRAINTS` was not mutable.
     """
     return _each(
         lambda constraint, own, parameters: constraint.limit_gradients(own, parameters),

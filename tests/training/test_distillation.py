@@ -89,7 +89,7 @@ def test_weights_of_both_losses_sum_to_one(make_tiny_config, teacher):
 def test_a_teacher_that_is_none_is_refused(tiny_config, tmp_path):
     assert load_teacher(tiny_config) is None
     tiny_config.distillation.teacher = str(tmp_path)
-    with pytest.raises(UserError, match="not a workdir"):
+    with pytest.raises(UserError, match="config.distillation.teacher='.*': not a workdir"):
         load_teacher(tiny_config)
     tiny_config.distillation.teacher = "resnet18-f37072fd.pth"
     with pytest.raises(UserError, match="weights without a configuration; make a workdir"):
