@@ -2,7 +2,8 @@
 
 python train.py --config=configs/resnet18_float_cifar10.py
 
-Both operands of a residual addition are rectified, as in the quantized ones. Not measured yet.
+Both operands of a residual addition are rectified, as in the quantized ones. Measured so far, shortened:
+50.95 % after 2 of 200 epochs.
 """
 
 from configs import default
