@@ -5,7 +5,8 @@ python train.py --config=configs/resnet18_w4a4_a2q_16b_cifar10.py \\
 
 Stem and classifier have 8-bit weights; the stem reads 8-bit images and its accumulator is not bounded. The
 average pool keeps 8 bits, and the classifier's bias is an integer of 32 bits on its accumulator's grid. The
-float network is the teacher, too. Not measured yet.
+float network is the teacher, too. Measured so far, shortened: 48.26 % after 1 of 90 epochs, from a float
+network at 50.95 %.
 """
 
 from configs import default, resnet18_float_cifar10
