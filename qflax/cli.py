@@ -256,6 +256,8 @@ def _export(options: argparse.Namespace) -> None:
     result = export(function, variables, shape, options.output, format=options.format, metadata=about)
     print(layer_table(result.graph))
     agreement = "equal to" if result.difference == 0 else f"within {result.difference:.3g} of"
+    if result.exact and result.difference:
+        agreement = f"equal to, operation by operation, and compiled as a whole {agreement}"
     size = options.output.stat().st_size
     print(f"{options.output}: {size:,} bytes; logits {agreement} the trained network's on the probe")
     if options.format != "stablehlo":

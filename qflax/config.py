@@ -281,14 +281,15 @@ def save(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_atomically(workdir / FILE, json.dumps(plain(config), indent=2) + "\n")
 
 
-def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """Reads the configuration of a workdir.
+def load(workdir: pathlib.Path, field: str = "") -> ml_collections.ConfigDict:
+    """Reads the configuration of a workdir; `field` is the one that names it, for the message.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
     path = workdir / FILE
-    require(path.is_file(), f"{workdir}: not a workdir, it has no {FILE}; train.py makes one")
+    given = f"{field}={str(workdir)!r}" if field else str(workdir)
+    require(path.is_file(), f"{given}: not a workdir, it has no {FILE}; train.py makes one")
     require(path.stat().st_size <= _LARGEST_FILE, f"{path}: damaged (large); restore it from another copy")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

@@ -39,11 +39,10 @@ def read(file: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
     except Exception as error:  # Parsers of the types raise unrelated ones.
         named, reason = isinstance(error, AttributeError | KeyError), _reason(error)
         if field := re.search(r'field "(\w+)" is None', reason):
-            reason = (
-                f"config.{field[1]} is None in {shown(file, plain=True)} and has no fields; set it in a file"
-            )
-            reason += ", or take one that does, such as configs/resnet20_int4_cifar10.py"
-        reason = ("the configuration has no such field: " if named else "") + reason
+            reason = f"config.{field[1]} is None in {shown(file, plain=True)} and has no fields; take a file "
+            reason += "that sets it, such as configs/resnet20_int4_cifar10.py"
+        elif named:
+            reason = f"the configuration has no such field: {reason}"
         raise UserError(f"{shown(' '.join(changes), plain=True)}: {reason}; {_SEE}") from None
     if rest:
         raise UserError(f"{shown(rest[0])}: not understood; {_USAGE}")

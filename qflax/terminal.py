@@ -1,7 +1,10 @@
 """What a program tells while it runs, for as long as somebody reads it."""
 
+import errno
 import os
 import typing
+
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class Outlived:
@@ -21,18 +24,20 @@ class Outlived:
         """Writes it, or loses it."""
         try:
             return self._stream.write(text)
-        except OSError:
-            self._leave()
+        except OSError as error:
+            self._leave_if_gone(error)
             return len(text)
 
     def flush(self) -> None:
         """Writes what is left, or loses it."""
         try:
             self._stream.flush()
-        except OSError:
-            self._leave()
+        except OSError as error:
+            self._leave_if_gone(error)
 
-    def _leave(self) -> None:
+    def _leave_if_gone(self, error: OSError) -> None:
+        if error.errno not in _GONE:  # A full disk, say, may have room later.
+            return
         # What the stream still holds would fail again, at the latest when Python ends, which changes the exit
         # code.
         with open(os.devnull, "wb") as nowhere:

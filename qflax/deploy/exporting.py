@@ -56,7 +56,8 @@ class Export:
       graph: the network, with metadata.
       difference: largest difference on the probe between the outputs of the trained network, compiled as a
         whole, and of the graph.
-      exact: whether there may be none, see `is_exact`.
+      exact: whether the graph gives the very bits that the network's operations give, see `is_exact`. There
+        is a difference all the same where XLA fuses some of them, see `export`.
     """
 
     graph: Graph
@@ -78,9 +79,10 @@ def export(
 ) -> Export:
     """Writes a trained network to a file, once it is known to compute the same.
 
-    Networks of qflax's layers do, however they are compiled. In a user's own code XLA may fuse products with
-    sums and make a division by a constant a product; then the network counts as it is computed operation by
-    operation, and the last bits of the compiled one, with codes behind them, may be others.
+    Where the compiled network answers otherwise, it counts as it is computed operation by operation, which
+    the graph must agree with. Layers of qflax are made so that there is no difference; in a user's own code
+    XLA may fuse products with sums and make a division by a constant a product, so that last bits, and codes
+    behind them, are others.
 
     Args:
       function: maps (variables, float32 [batch, *shape]) to an array [batch, ...], for any batch.

@@ -63,7 +63,8 @@ def lower(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) ->
 def evaluate(function: Callable[[jax.Array], jax.Array], x: np.ndarray) -> np.ndarray:
     """What `function` gives for `x` as a graph would compute it: operation by operation, none fused."""
     traced = jax.make_jaxpr(function)(x)
-    (result,) = _Walk().run(traced.jaxpr, _known(traced.consts), _known([x]), "")
+    used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True], instantiate=True)
+    (result,) = _Walk().run(used, _known(traced.consts), _known([x]), "")
     return result.whole()
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
@@ -57,8 +58,10 @@ def calibrate(
       The variables with new quantizer parameters and statistics.
 
     Raises:
-      UserError: `over`, `momentum` or `batches` are impossible; a quantizer was not called; a range is not
-        finite.
+      UserError: `over`, `momentum` or `batches` are impossible; a range is not finite.
+
+    Warns:
+      UserWarning: of quantizers that no batch has reached, in this calibration or an earlier one.
     """
     choose("over", over, CALIBRATIONS)
     require(0 < momentum <= 1, f"momentum={momentum!r}: must be in (0, 1]")
@@ -66,6 +69,7 @@ def calibrate(
     if not (variables.get(PARAMETERS) or variables.get(STATISTICS)):
         return variables
     own = {name: variables.pop(name, {}) for name in (PARAMETERS, STATISTICS)}
+    before = own[STATISTICS]
     own[STATISTICS] = jax.tree_util.tree_map_with_path(
         lambda path, x: x * 0 if _counts(path, roles) else x, own[STATISTICS]
     )
@@ -94,7 +98,7 @@ def calibrate(
     for batch in batches:
         own = observe({**variables, GIVEN: given}, own, batch)
     require(batch is not None, f"over={over!r}: batches is empty, or used up; give at least one batch")
-    _require_reached(own[STATISTICS], roles)
+    _warn_of_unreached(before, own[STATISTICS], roles)
     _require_finite(own)
     return {**variables, **own}
 
@@ -121,20 +125,22 @@ def _counts(path: tuple, roles: Sequence[str]) -> bool:
     return len(path) == 1 or ("weights" if path[-2].key == "weights" else "activations") in roles
 
 
-def _require_reached(statistics: Mapping, roles: Sequence[str]) -> None:
-    """Raises `UserError` with the paths of quantizers that saw nothing: their ranges would be none."""
-    counts = jax.tree_util.tree_leaves_with_path(jax.device_get(statistics))
+def _warn_of_unreached(before: Mapping, after: Mapping, roles: Sequence[str]) -> None:
+    """Warns of quantizers that never saw anything: their ranges would be placeholders."""
+    earlier, now = (dict(jax.tree_util.tree_leaves_with_path(jax.device_get(x))) for x in (before, after))
     missed = [
         "/".join(key.key for key in path[:-1])
-        for path, x in counts
-        if _counts(path, roles) and np.size(x) and not np.any(x)
+        for path, count in now.items()
+        if len(path) > 1 and _counts(path, roles) and np.size(count) and not np.any(count)
+        if not np.any(earlier.get(path, 0))
     ]
-    require(
-        not missed,
-        f"{', '.join(missed[:3])}: not calibrated: the model did not call it, or calls it where nothing is "
-        "stored (nn.WeightNorm, nn.RNN without variable_axes); call the model such that it does, or leave it "
-        "float by a rule",
-    )
+    if missed:
+        warnings.warn(
+            f"{', '.join(missed[:3])}: not calibrated: the model did not call it, or calls it where nothing "
+            "is stored (nn.WeightNorm, nn.RNN without variable_axes); call the model such that it does, or "
+            "leave it float by a rule",
+            stacklevel=3,
+        )
 
 
 def _require_finite(own: Mapping) -> None:

@@ -138,7 +138,7 @@ class Checkpoints:
         require(
             damage is None,
             f"{folder}: damaged ({damage}); put it back from a copy, use another one (--checkpoint=best), or "
-            "run train.py on this workdir again, without its result.json: it goes on from the one before",
+            "of a trained run delete result.json and run train.py again: it goes on from the one before",
         )
         try:
             options = ocp.CompositeOptions(multiprocessing_options=_ALONE)

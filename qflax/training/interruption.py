@@ -81,7 +81,8 @@ class Interruption(contextlib.AbstractContextManager):
     def _pass_on(self, number: int, frame) -> None:
         """To JAX, which has all processes agree."""
         del number, frame
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame) -> None:

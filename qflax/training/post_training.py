@@ -1,5 +1,6 @@
 """Post-training quantization of a run: from its workdir and a configuration to another workdir."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -98,7 +99,15 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
     tables = {**tables, workdir_lib.TABLE_FILE: cost_table(costs, config.size_targets, config.size_strengths)}
     for name, table in tables.items():
         write_atomically(workdir / name, table + "\n")
-    test = workdir_lib.load_evaluator(config, "test", devices)(devices.replicate(state.served))
+    with contextlib.closing(Logs(workdir, 0)) as logs:
+        for i, row in enumerate(rows):
+            logs.write(i, {name: x for name, x in row.items() if name != "method"}, "ptq")
+        shape = build.image_format(config).image_shape
+        logs.draw_layers(0, costs, layer_kernels(build.model(config), state.served, shape))
+        logs.conclude(config_lib.flat(config))
+        Progress.say(f"the quantized network is in {workdir}; now it is evaluated on the test images")
+        test = workdir_lib.load_evaluator(config, "test", devices)(devices.replicate(state.served))
+        logs.write(0, test, "test")
     result = {
         "test_accuracy": test["accuracy"],
         "test_top5_accuracy": test["top5_accuracy"],
@@ -110,14 +119,6 @@ def _finish(config, workdir, networks, rows, tables, seconds) -> dict[str, objec
         **cost_totals(costs),
         **origin,
     }
-    logs = Logs(workdir, 0)
-    for i, row in enumerate(rows):
-        logs.write(i, {name: x for name, x in row.items() if name != "method"}, "ptq")
-    logs.write(0, test, "test")
-    shape = build.image_format(config).image_shape
-    logs.draw_layers(0, costs, layer_kernels(build.model(config), state.served, shape))
-    logs.conclude(config_lib.flat(config))
-    logs.close()
     write_atomically(workdir / workdir_lib.RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -100,8 +100,10 @@ class Recorder(Silence):
 
     def save(self, state, step: int, validation=None, record=None) -> None:
         """See `CheckpointWriter`; what is logged is in the files first: who goes on does not log it again."""
-        self._logs.flush()
-        self._checkpoints.save(state, step, validation, record)
+        try:
+            self._logs.flush()
+        finally:
+            self._checkpoints.save(state, step, validation, record)
 
     def wait(self) -> pathlib.Path | None:
         """See `Silence`."""

@@ -18,7 +18,7 @@ from qflax.training.allocation import allocate_widths
 from qflax.training.logs import Progress
 from qflax.training.optimizers import WEIGHTS
 from qflax.training.state import BATCH_STATS, initial_variables, weights_of
-from qflax.training.workdir import RESULT_FILE, load_workdir, require_workdir
+from qflax.training.workdir import RESULT_FILE, load_workdir
 
 # With other ones, the same weights are another function.
 _SAME_FUNCTION = ("dataset", "mean", "std", "model", "stem", "shortcut", "residual", "norm")
@@ -86,7 +86,7 @@ def start_from(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[d
     source = pathlib.Path(config.init_from)
     if source.suffix in STATE_DICTS:
         return {**variables, **_imported(source, config, variables)}, False
-    require_workdir(source, "config.init_from")
+    config_lib.load(source, "config.init_from")
     its, state = load_workdir(source)
     if not (source / RESULT_FILE).exists() and state.step > 0:
         Progress.say(f"{source}: has not ended; its checkpoint of step {state.step} is taken")

@@ -75,25 +75,17 @@ def load_workdir(
     return config, checkpoints.restore(build.abstract_state(config), step).state
 
 
-def require_workdir(folder: pathlib.Path, field: str) -> None:
-    """Raises `UserError` where the folder that a field names is no workdir."""
-    require(
-        (folder / config_lib.FILE).is_file(),
-        f"{field}={str(folder)!r}: not a workdir, it has no {config_lib.FILE}; train.py makes one",
-    )
-
-
 def load_result(workdir: pathlib.Path) -> dict[str, object]:
     """The result of a run that has ended.
 
     Raises:
       UserError: it is damaged.
     """
-    result = _load_json(workdir / RESULT_FILE, "delete it, and train.py evaluates the last checkpoint again")
+    remedy = "delete it; train.py makes it again, and qflax evaluate shows the accuracy of any workdir"
+    result = _load_json(workdir / RESULT_FILE, remedy)
     require(
         isinstance(result, dict) and "test_accuracy" in result,
-        f"{workdir / RESULT_FILE}: damaged (no result); delete it, and train.py evaluates the last "
-        "checkpoint again",
+        f"{workdir / RESULT_FILE}: damaged (no result); {remedy}",
     )
     return result
 
@@ -209,8 +201,7 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
         f"config.distillation.teacher={fields.teacher!r}: weights without a configuration; make a workdir of "
         "them (qflax import FILE --config=... --workdir=DIR) and name that, or set it to '' for no teacher",
     )
-    require_workdir(teacher, "config.distillation.teacher")
-    its = config_lib.load(teacher)
+    its = config_lib.load(teacher, "config.distillation.teacher")
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), build.abstract_state(its))
     state = from_first(load_workdir(teacher)[1] if is_first() else state)
     own_format, its_format = build.image_format(config), build.image_format(its)

@@ -1,5 +1,7 @@
 """Exports are written once they are known to compute what was trained."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ from networks import INPUT, SHAPE, images, make, value
 
 from qflax.deploy import exporting, packed
 from qflax.deploy.exporting import export
-from qflax.deploy.lowering import lower
+from qflax.deploy.lowering import evaluate, lower
 from qflax.deploy.probe import probe_input
 from qflax.deploy.runner import IntegerRunner, enough_bits, execute
 from qflax.deploy.table import layer_table
@@ -143,6 +145,18 @@ class Own(nn.Module):
         if self.kind == "scale and shift":
             return x * self.param("scale", nn.initializers.normal(), (8,)) + 0.1
         return nn.hard_silu(x)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "scale and shift", "layer scale", "hard silu"])
+def test_a_network_is_evaluated_as_its_graph_is(kind):
+    model = quantize(Own(kind), weights=Uniform(bits=4), activations=Uniform(bits=4))
+    x = np.random.default_rng(0).normal(size=(64, 12)).astype(np.float32)
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    function = functools.partial(model.apply, variables)
+    graph = lower(function, (12,))
+    with jax.disable_jit():
+        expected = execute(graph, x)[0][graph.output]
+    np.testing.assert_array_equal(evaluate(function, x), expected)
 
 
 @pytest.mark.parametrize("kind", ["temperature", "scale and shift", "layer scale", "hard silu"])
