@@ -378,5 +378,7 @@ def test_minifloats_that_qonnx_lacks_are_refused(field):
 
 def test_missing_package_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(UserError, match=r"^onnx: not installed; pip install qflax\[export\]$"):
+    with pytest.raises(
+        UserError, match=r"^onnx: not installed; run pip install -e '\.\[export\]' in the folder of qflax$"
+    ):
         to_qonnx(residual_net(U4, N4))

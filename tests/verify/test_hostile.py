@@ -210,7 +210,7 @@ def test_random_bytes(tmp_path, seed):
 
 
 def test_what_is_no_file(tmp_path):
-    refused(tmp_path, "Is a directory")
+    refused(tmp_path, "is a folder; export a workdir first")
     refused(tmp_path / "none", "No such file")
     refused(pathlib.Path("/dev/zero"), "is no regular file")
 
