@@ -86,8 +86,7 @@ def start_from(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[d
     source = pathlib.Path(config.init_from)
     if source.suffix in STATE_DICTS:
         return {**variables, **_imported(source, config, variables)}, False
-    config_lib.load(source, "config.init_from")
-    its, state = load_workdir(source)
+    its, state = load_workdir(source, field="config.init_from")
     if not (source / RESULT_FILE).exists() and state.step > 0:
         Progress.say(f"{source}: has not ended; its checkpoint of step {state.step} is taken")
     folding = config.norm == "folded" and its.norm == "batch"

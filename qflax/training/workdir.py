@@ -51,18 +51,19 @@ _WRITTEN = (
 
 
 def load_workdir(
-    workdir: pathlib.Path, which: str = "latest"
+    workdir: pathlib.Path, which: str = "latest", field: str = ""
 ) -> tuple[ml_collections.ConfigDict, TrainState]:
     """Configuration and state of a run.
 
     Args:
       workdir: of the run.
       which: `latest` or `best` (by validation accuracy).
+      field: of the configuration that names it, for the message.
 
     Raises:
       UserError: no workdir, no checkpoint, or a damaged one.
     """
-    config = config_lib.load(workdir)
+    config = config_lib.load(workdir, field)
     checkpoints = open_checkpoints(workdir)
     step = checkpoints.steps[-1]
     if which == "best":
