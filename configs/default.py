@@ -187,6 +187,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Oscillating weights: strength * squared distance of all weights from their grids is added to the loss;
     # it grows from 0 by a cosine. 0 is off.
     config.oscillation_damping = 0.0
+    # Weights of at most four bits freeze that change back and forth more often than these frequencies, over
+    # the last hundred steps or so, at the first and at the last step; (0.1, 0.01), say. (0.0, 0.0) is off.
+    config.oscillation_freezing = (0.0, 0.0)
 
     # The run.
     config.seed = 0

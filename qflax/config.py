@@ -80,6 +80,12 @@ def _fractions(field, value):
     require(value[0] <= value[1] <= 1, f"{field}={value!r}: must be two fractions, the first not the larger")
 
 
+def _frequencies(field, value):
+    _numbers(2, 0)(field, value)
+    ok = max(value) <= 1 and bool(value[0]) == bool(value[1])
+    require(ok, f"{field}={value!r}: must be two frequencies in (0, 1], or (0.0, 0.0), which is off")
+
+
 def _names(field, value):
     ok = isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
     require(ok, f"{field}={shown(value)}: must be a tuple of names")
@@ -178,6 +184,7 @@ FIELDS = {
     "freeze_widths_after": _FRACTION,
     "accumulator_strength": _NOT_NEGATIVE,
     "oscillation_damping": _NOT_NEGATIVE,
+    "oscillation_freezing": _frequencies,
     "seed": _number(0, 2**32 - 1, integer=True),
     "num_devices": _number(0, most=1024, integer=True),
     "steps_per_dispatch": _COUNT_OR_ZERO,
@@ -189,7 +196,7 @@ FIELDS = {
 }
 
 # Fields that older workdirs lack -> what stood for them there.
-_LATER = {"allocate_widths": False, "oscillation_damping": 0.0}
+_LATER = {"allocate_widths": False, "oscillation_damping": 0.0, "oscillation_freezing": (0.0, 0.0)}
 
 
 def validate(config: Mapping) -> None:
@@ -322,7 +329,7 @@ def differences(new: Mapping, old: Mapping) -> list[str]:
 
     `old` may be from an older version, which did not have all fields.
     """
-    new, old, missing = flat(plain(new)), flat({**_LATER, **plain(old)}), object()
+    new, old, missing = flat(plain(new)), flat(plain({**_LATER, **old})), object()
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

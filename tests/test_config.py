@@ -56,6 +56,9 @@ def test_default_has_exactly_the_fields_that_are_checked():
         ("seed", -1, "from 0 to"),
         ("rules", "conv", "tuple of mappings"),
         ("nesterov", 1, "True or False"),
+        ("oscillation_freezing", 0.1, "2 numbers"),
+        ("oscillation_freezing", (0.1, 0.0), "two frequencies in (0, 1], or (0.0, 0.0)"),
+        ("oscillation_freezing", (1.5, 0.1), "two frequencies in (0, 1]"),
         ("allocate_widths", True, "set one of config.size_targets"),
     ],
 )
@@ -89,7 +92,7 @@ def test_all_differing_fields_are_named(tmp_path):
 
 def test_workdirs_of_older_versions_are_read_and_resumed(tmp_path):
     fields = default().to_dict()
-    del fields["allocate_widths"]
+    del fields["allocate_widths"], fields["oscillation_freezing"]
     (tmp_path / config_lib.FILE).write_text(json.dumps(fields))
     config = default()
     config_lib.check_unchanged(config, tmp_path)

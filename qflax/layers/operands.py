@@ -32,7 +32,8 @@ def quantize_weights(
     spec = quantization.spec("weights", "/".join(layer.path))
     if spec is None:
         return kernel
-    return quantizer_of(spec, weights=True, name="weights")(kernel, inputs)
+    freezes = quantization.freeze_oscillating
+    return quantizer_of(spec, weights=True, name="weights", freezes_oscillating=freezes)(kernel, inputs)
 
 
 def quantize_bias(

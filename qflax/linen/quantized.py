@@ -48,6 +48,7 @@ def quantize(
     biases: Spec | Mapping | None = None,
     rules: Sequence[Rule | Mapping] = (),
     axis_name: str | None = None,
+    freeze_oscillating: bool = False,
 ) -> "Quantized":
     """The model with quantizers, whose code stays as it is.
 
@@ -63,6 +64,8 @@ def quantize(
         with its `kind`; None is float.
       rules: exceptions, in order; rules of `quantizers`, or mappings with `layers` and what they override.
       axis_name: mapped axis that shares a batch, for running averages.
+      freeze_oscillating: whether weights of at most four bits freeze in training that oscillate between
+        points of their grids more often than `quantizers.set_oscillation_threshold` has said.
 
     Returns:
       A module that is used like `model`, with the same parameters at the same paths.
@@ -75,7 +78,8 @@ def quantize(
     fields["rules"] = [
         {"layers": rule.layers, **rule.overrides} if isinstance(rule, Rule) else rule for rule in rules
     ]
-    return of_policy(model, quantization_from_config(fields, axis_name))
+    policy = quantization_from_config(fields, axis_name)
+    return of_policy(model, dataclasses.replace(policy, freeze_oscillating=freeze_oscillating))
 
 
 def of_policy(model: nn.Module, quantization: Quantization, **attributes) -> "Quantized":

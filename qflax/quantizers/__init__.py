@@ -16,6 +16,7 @@ from qflax.quantizers.constraints import constrain, limit_gradients
 from qflax.quantizers.integer_bias import IntegerBias
 from qflax.quantizers.minifloat import Minifloat
 from qflax.quantizers.mixed_precision import MixedPrecision, freeze_widths, widths_frozen
+from qflax.quantizers.oscillation import frozen_share, set_oscillation_threshold
 from qflax.quantizers.quantized_array import (
     QuantizedArray,
     bits_of,
@@ -56,6 +57,7 @@ __all__ = [
     "calibrate",
     "constrain",
     "freeze_widths",
+    "frozen_share",
     "limit_gradients",
     "payload_of",
     "project_weights",
@@ -63,6 +65,7 @@ __all__ = [
     "quantized_array",
     "quantizer_of",
     "set_accumulator_bits",
+    "set_oscillation_threshold",
     "spec_from_dict",
     "value_of",
     "widths_frozen",

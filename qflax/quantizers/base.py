@@ -17,6 +17,7 @@ from qflax.quantizers.collections import (
     STATISTICS,
 )
 from qflax.quantizers.observers import Observed
+from qflax.quantizers.oscillation import MOST_BITS, RECORD, hold, observed, unobserved
 from qflax.quantizers.statistics import SMALLEST_RANGE, Statistic
 
 
@@ -37,12 +38,15 @@ class Quantizer(nn.Module):
       weights: True for a kernel [..., channels], False for activations [batch, ..., channels].
       signed: whether the data is signed, where the spec leaves it open.
       axis_name: mapped axis over which a batch's range is reduced, or None.
+      freezes_oscillating: whether weights of few bits that oscillate freeze, where the quantizer rounds them
+        to the nearest points of a grid (see `oscillation`).
     """
 
     spec: typing.Any
     weights: bool
     signed: bool = True
     axis_name: str | None = None
+    freezes_oscillating: bool = False
 
     @property
     def _calibrating(self) -> bool:
@@ -97,6 +101,36 @@ class Quantizer(nn.Module):
             value, x_max = jax.lax.stop_gradient((value, x_max))
             inside = jnp.where(jnp.abs(x) <= x_max, x - value, 0.0)
             self._report(DEVIATIONS, "weights", jnp.sum(inside**2))
+
+    @property
+    def _freezes(self) -> bool:
+        """Whether weights freeze that oscillate."""
+        return self.weights and self.freezes_oscillating and self.format.bits <= MOST_BITS
+
+    def _held(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """Weights `x`, those that are frozen on their points of the grid of `scale`."""
+        if not self._freezes:
+            return x
+        return hold(x, scale, self.variable(STATISTICS, RECORD, unobserved, x.shape).value)
+
+    def _watch(
+        self,
+        codes: jax.Array,
+        rounded: typing.Callable[[jax.Array], jax.Array],
+        *,
+        fixed: jax.Array | bool = True,
+        narrow: jax.Array | bool = True,
+    ) -> None:
+        """Lets weights freeze that oscillate, by the codes of a training step; see `observed`.
+
+        Before the grid is `fixed`, steps do not count.
+        """
+        if not (self._freezes and self._training):
+            return
+        before = self.get_variable(STATISTICS, RECORD)
+        after = observed(before, jax.lax.stop_gradient(codes), rounded, narrow)
+        after = jax.tree.map(lambda new, old: jnp.where(fixed, new, old), after, before)
+        self.put_variable(STATISTICS, RECORD, after)
 
     def _observed(self, x: jax.Array) -> tuple[jax.Array | float, jax.Array]:
         """Lower and upper end of the range that was observed so far; before anything was, 1 is the upper.

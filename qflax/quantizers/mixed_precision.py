@@ -26,6 +26,7 @@ from qflax.numerics import (
 from qflax.quantizers.base import Quantizer
 from qflax.quantizers.checks import check_flag, check_positive, check_range_fields, check_whole
 from qflax.quantizers.collections import STATISTICS
+from qflax.quantizers.oscillation import MOST_BITS
 from qflax.quantizers.quantized_array import QuantizedArray, quantized_array
 from qflax.quantizers.statistics import STATISTICS_KINDS
 
@@ -196,11 +197,19 @@ class MixedPrecisionQuantizer(Quantizer):
         if self._calibrating and not self.weights:
             return QuantizedArray(x, x / step, step, jnp.zeros(()), fmt)
         highest = jax.lax.stop_gradient(highest)
+        x = self._held(x, step)
         value = quantize_to_range(x, step, x_max, signed=self._has_sign, highest=highest)
         self._report_deviation(x, value, x_max)
         # The same once more, which compilers notice.
         given = *jax.lax.stop_gradient((x, step, x_max)), highest
-        return quantized_array(value, quantize_range(*given, signed=self._has_sign), step, fmt)
+        unscaled = quantize_range(*given, signed=self._has_sign)
+        fixed = self.get_variable(STATISTICS, "frozen")
+        self._watch(unscaled, jnp.round, fixed=fixed, narrow=bits <= MOST_BITS)
+        return quantized_array(value, unscaled, step, fmt)
+
+    @property
+    def _freezes(self) -> bool:
+        return self.weights and self.freezes_oscillating  # Their widths are known once they are fixed.
 
     @property
     def _has_sign(self) -> bool:

@@ -42,6 +42,8 @@ class Quantization:
       rules: exceptions, in order. Places that are float by default (the input, the branches of a
         residual addition, ...) are quantized by a rule only.
       axis_name: mapped axis that shares a batch, for running averages.
+      freeze_oscillating: whether weights of at most four bits freeze in training that oscillate between
+        points of their grids more often than `set_oscillation_threshold` has said.
     """
 
     weights: Spec | None = None
@@ -50,6 +52,7 @@ class Quantization:
     biases: Spec | None = None
     rules: Sequence[Rule] = ()
     axis_name: str | None = None
+    freeze_oscillating: bool = False
 
     def spec(self, role: str, path: str, *, by_default: bool = True) -> Spec | None:
         """The spec in force for `role` at the layer `path`.
@@ -90,7 +93,8 @@ FLOAT = Quantization()  # Quantizes nothing.
 
 
 def quantization_from_config(config: Mapping, axis_name: str | None = None) -> Quantization:
-    """Makes the policy from a config's fields `rules` and those named after the roles.
+    """Makes the policy from a config's fields `rules`, those named after the roles, and where there is one
+    `oscillation_freezing`.
 
     A rule is a mapping such as `{"layers": "conv_init", "weights": {"bits": 8}, "activations": None}`.
 
@@ -116,7 +120,12 @@ def quantization_from_config(config: Mapping, axis_name: str | None = None) -> Q
         require(bool(overrides), f"rules[{i}]={fields!r}: changes nothing; add {' or '.join(ROLES)}")
         parsed.append(Rule(fields["layers"], overrides))
     defaults = {role: spec_from_dict(config[role], role, role) for role in ROLES}
-    return Quantization(**defaults, rules=tuple(parsed), axis_name=axis_name)
+    return Quantization(
+        **defaults,
+        rules=tuple(parsed),
+        axis_name=axis_name,
+        freeze_oscillating=any(config.get("oscillation_freezing", ())),
+    )
 
 
 def _override(base: Spec | None, fields: Mapping | None, role: str, where: str) -> Spec | None:

@@ -54,6 +54,7 @@ class ScaledQuantizer(Quantizer):
         if spec.scale == "pact":
             x = _pact_clip(x, scale * fmt.threshold, fmt.signed)
             scale = jax.lax.stop_gradient(scale)
+        x = self._held(x, scale)
         stochastic = spec.rounding == "stochastic" and self.has_rng("quantization")
         key = self.make_rng("quantization") if stochastic else None
         if isinstance(fmt, MinifloatFormat):
@@ -65,6 +66,7 @@ class ScaledQuantizer(Quantizer):
         self._report_deviation(x, value, scale * fmt.threshold)
         # The same once more, which compilers notice.
         unscaled = fmt.unscaled(*jax.lax.stop_gradient((x, *operands)), rounding=spec.rounding, key=key)
+        self._watch(unscaled, lambda mean: fmt.unscaled(mean, jnp.ones(())))
         return quantized_array(value, unscaled, scale, fmt, zero_point, spec.symmetric)
 
     @property
@@ -102,6 +104,11 @@ class ScaledQuantizer(Quantizer):
             f"{where}: statistic='kl' compares how often sizes occur, and a signed bit has one; take 'mse'",
         )
         if self.weights:
+            require(
+                not self._freezes or self.spec.rounding == "half_even",
+                f"{where}: rounding={self.spec.rounding!r}: weights that oscillate freeze at the nearest "
+                "point of their grid; take 'half_even', or let none freeze",
+            )
             require(self.spec.symmetric, f"{where}: symmetric=False is for activations, not weights")
             return
         require(

@@ -17,7 +17,14 @@ from qflax.data.augment import Augmentation
 from qflax.errors import UserError, one_line, require
 from qflax.layers import LayerCost, cost_function
 from qflax.models import build_model, build_own_model, is_own
-from qflax.quantizers import DEVIATIONS, FLOAT, STATISTICS, Quantization, quantization_from_config
+from qflax.quantizers import (
+    DEVIATIONS,
+    FLOAT,
+    STATISTICS,
+    Quantization,
+    frozen_share,
+    quantization_from_config,
+)
 from qflax.training.optimizers import Hyperparameters, OptimizerKinds, as_numbers, build_optimizer
 from qflax.training.parallel import AXIS, Devices
 from qflax.training.penalties import Penalties
@@ -157,7 +164,7 @@ def check_rules(config: ml_collections.ConfigDict) -> dict:
 
 def check_quantization(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` for a rule that matches no layer, for size targets without learned widths, or for
-    damping without weights that are rounded.
+    damping or freezing without weights that are rounded.
     """
     variables = check_rules(config)
     images = jax.ShapeDtypeStruct((1, *image_format(config).image_shape), jnp.float32)
@@ -166,6 +173,13 @@ def check_quantization(config: ml_collections.ConfigDict) -> None:
         not config.oscillation_damping or jax.eval_shape(apply, variables, images)[1].get(DEVIATIONS),
         f"config.oscillation_damping={config.oscillation_damping!r}: no weights are rounded to a grid; "
         "quantize some by kind 'uniform', 'minifloat' or 'mixed_precision', or set it to 0",
+    )
+    require(
+        not any(config.oscillation_freezing)
+        or jax.eval_shape(frozen_share, variables[STATISTICS]) is not None,
+        f"config.oscillation_freezing={tuple(config.oscillation_freezing)!r}: no weights are rounded to a "
+        "grid of at most four bits; quantize some by kind 'uniform', 'minifloat' or 'mixed_precision', or "
+        "set it to (0.0, 0.0)",
     )
     leaves = jax.tree_util.tree_leaves_with_path(variables[STATISTICS])
     # Quantizers are named after their roles; outputs are activations, too.
@@ -205,6 +219,7 @@ def penalties(config: ml_collections.ConfigDict, num_steps: int) -> Penalties:
         last_step=jnp.float32(num_steps),
         accumulator_strength=jnp.float32(config.accumulator_strength),
         oscillation_damping=jnp.float32(config.oscillation_damping),
+        oscillation_thresholds=jnp.float32(config.oscillation_freezing),
     )
 
 

@@ -17,7 +17,7 @@ from qflax.data import load_training
 from qflax.errors import Interrupted, UserError, require
 from qflax.files import require_makeable, write_atomically
 from qflax.layers import sizes
-from qflax.quantizers import PARAMETERS, STATISTICS, widths_frozen
+from qflax.quantizers import PARAMETERS, STATISTICS, frozen_share, widths_frozen
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
@@ -39,6 +39,7 @@ from qflax.training.state import TrainState
 from qflax.training.stream import stream_of
 from qflax.training.table import cost_table, cost_totals
 
+_BOOKKEEPING = ("count", "steps", "code", "mean", "direction", "frequency", "threshold")  # Of quantizers.
 _MOST_UNROLLED = 16  # Steps of a dispatch, where each is compiled anew.
 
 
@@ -321,6 +322,7 @@ class Trainer:
             "parameters": workdir_lib.count_parameters(served),
             **cost_totals(costs),
             **_widths(config, costs, served),
+            **_frozen(served),
             **self.origin,
         }
         self.recorder.write(steps, test, "test")
@@ -343,6 +345,12 @@ def _widths(config, costs, served) -> dict[str, object]:
     return {"widths_frozen": bool(frozen), "missed_size_targets": missed}
 
 
+def _frozen(served) -> dict[str, float]:
+    """The fraction of weights that oscillated and are frozen; nothing where none may be."""
+    share = frozen_share(served[STATISTICS])
+    return {} if share is None else {"frozen_weights": float(share)}
+
+
 def _per_layer(costs, variables) -> dict[str, float]:
     """Bits of every layer, of its accumulator, and the mean of every learned or observed scale or range."""
     numbers = {}
@@ -356,6 +364,6 @@ def _per_layer(costs, variables) -> dict[str, float]:
     for collection in (STATISTICS, PARAMETERS):
         for path, value in jax.tree_util.tree_leaves_with_path(variables[collection]):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if not name.endswith("/count"):
+            if path[-1].key not in _BOOKKEEPING:
                 numbers[name] = float(np.mean(value))
     return numbers

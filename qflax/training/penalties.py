@@ -17,6 +17,8 @@ class Penalties:
       last_step: at which they freeze in any case.
       accumulator_strength: weight of A2Q's penalty.
       oscillation_damping: weight of the weights' squared distances from their grids, at the last step.
+      oscillation_thresholds: [2], the frequencies from which oscillating weights freeze, at the first and at
+        the last step.
     """
 
     targets: dict[str, jax.Array]
@@ -27,6 +29,7 @@ class Penalties:
     last_step: jax.Array
     accumulator_strength: jax.Array
     oscillation_damping: jax.Array
+    oscillation_thresholds: jax.Array
 
     def of_sizes(self, sizes: dict[str, jax.Array], step: jax.Array) -> jax.Array:
         """strength * relu(size - target)^2, summed (Uhlich et al. 2020, section 3.3)."""
@@ -37,8 +40,15 @@ class Penalties:
 
     def of_deviations(self, deviations: jax.Array, step: jax.Array) -> jax.Array:
         """Their sum by a weight that grows from 0 by a cosine (Nagel et al. 2022, dampening)."""
-        growth = (1 - jnp.cos(jnp.pi * (step + 1) / self.last_step)) / 2
-        return self.oscillation_damping * growth * deviations
+        return self.oscillation_damping * self._growth(step) * deviations
+
+    def oscillation_threshold(self, step: jax.Array) -> jax.Array:
+        """From the first to the last by a cosine (Nagel et al. 2022, iterative weight freezing)."""
+        first, last = self.oscillation_thresholds
+        return first + (last - first) * self._growth(step)
+
+    def _growth(self, step: jax.Array) -> jax.Array:
+        return (1 - jnp.cos(jnp.pi * (step + 1) / self.last_step)) / 2
 
     def freeze(self, sizes: dict[str, jax.Array], step: jax.Array) -> jax.Array:
         """Whether widths are frozen after the step that had these sizes."""

@@ -12,7 +12,7 @@ from qflax.errors import require
 from qflax.models import STATE_DICTS, from_torchvision, is_own, read_state_dict
 from qflax.numerics import full_precision
 from qflax.ptq import correct_biases, fold_norms, reestimate_norms, set_ranges
-from qflax.quantizers import PARAMETERS, ROLES, STATISTICS, calibrate, widths_frozen
+from qflax.quantizers import PARAMETERS, ROLES, STATISTICS, calibrate, frozen_share, widths_frozen
 from qflax.training import build
 from qflax.training.allocation import allocate_widths
 from qflax.training.logs import Progress
@@ -97,6 +97,8 @@ def start_from(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[d
     own, theirs = config_lib.plain(config), config_lib.plain(its)
     same = all(own[name] == theirs[name] for name in _QUANTIZATION) and not folding
     same = same and widths_frozen(served[STATISTICS]) is None and bool(served[STATISTICS])
+    # Records of oscillations only one of the two may have.
+    same = same and (frozen_share(served[STATISTICS]) is None) == (not any(config.oscillation_freezing))
     if same:
         taken += [PARAMETERS, STATISTICS]
     return {**variables, **{name: served[name] for name in taken if name in served}}, same

@@ -18,7 +18,9 @@ from qflax.quantizers import (
     STATISTICS,
     constrain,
     freeze_widths,
+    frozen_share,
     limit_gradients,
+    set_oscillation_threshold,
     widths_frozen,
 )
 from qflax.training.distillation import Teacher, distillation_loss
@@ -146,11 +148,14 @@ class TrainStep:
         inputs, labels = normalize(images, self.mean, self.std), smooth(labels, numbers.label_smoothing)
         soft_labels = None if teacher is None else teacher(images)
         learns_widths = widths_frozen(state.observed[STATISTICS]) is not None
+        threshold = penalties.oscillation_threshold(state.step)
+        statistics = set_oscillation_threshold(state.observed[STATISTICS], threshold)
+        before = {**state.observed, STATISTICS: statistics}
         reported = [CONSTRAINTS, PENALTIES, *[COST] * learns_widths, *[DEVIATIONS] * self.damped]
 
         def loss_of(trained):
             logits, new = self.model.apply(
-                {**trained, **state.observed}, inputs, train=True, mutable=[*OBSERVED, *reported], rngs=rngs
+                {**trained, **before}, inputs, train=True, mutable=[*OBSERVED, *reported], rngs=rngs
             )
             logits = logits.astype(jnp.float32)  # Networks of the user's own may answer in fewer bits.
             task, extra = {"loss": jnp.mean(LOSSES[self.loss](logits, labels))}, {}
@@ -189,6 +194,9 @@ class TrainStep:
             frozen = penalties.freeze(extra, state.step)
             observed[STATISTICS] = freeze_widths(observed[STATISTICS], frozen)
             metrics["widths_frozen"] = widths_frozen(observed[STATISTICS]).astype(jnp.float32)
+        share = frozen_share(observed[STATISTICS])
+        if share is not None:
+            metrics["frozen_weights"] = share
         updated = self._apply(state, gradients, observed, new, relative_rate, numbers)
         return updated, metrics, gradients
 

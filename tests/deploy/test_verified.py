@@ -16,7 +16,16 @@ from qflax.deploy.exporting import export
 from qflax.deploy.table import layer_table
 from qflax.errors import UserError
 from qflax.layers import Conv, Dense, DenseGeneral, Einsum, Quantize, layer_costs
-from qflax.quantizers import AccumulatorAware, IntegerBias, Quantization, Rule, Uniform, calibrate
+from qflax.quantizers import (
+    AccumulatorAware,
+    IntegerBias,
+    MixedPrecision,
+    Quantization,
+    Rule,
+    Uniform,
+    calibrate,
+    freeze_widths,
+)
 from qflax.verify import load, run, verify
 
 ONNX = ("qonnx", "qcdq")
@@ -52,6 +61,26 @@ def test_the_verifier_s_executor_gives_the_same_bits(tmp_path, trained, format):
     export(function, variables, SHAPE, tmp_path / "file", format=format)
     expected = functools.partial(function, variables)(images(10))
     np.testing.assert_array_equal(run(load(tmp_path / "file"), images(10)), expected)
+
+
+@pytest.mark.parametrize("format", ["packed", *ONNX])
+@pytest.mark.parametrize("spec", [Uniform(bits=3, granularity="per_channel"), MixedPrecision(bits=3)])
+def test_weights_that_have_frozen_are_exported_where_they_stand(tmp_path, spec, format):
+    if format in ONNX:
+        pytest.importorskip("onnx")
+    policy = Quantization(weights=spec, rules=(INPUT,), freeze_oscillating=True)
+    model, x = Single(functools.partial(Dense, 3), policy), images(4)[:, 0, 0] / 128 - 1
+    variables = calibrate(model, model.init(jax.random.key(0), x), [x])
+    stats = freeze_widths(variables["quantizer_stats"])
+    record = stats["layer"]["weights"]["oscillation"]
+    record["held"] = np.arange(9).reshape(3, 3) % 2 == 0
+    record["code"] = np.float32([[1, 2, -3], [3, 0, -1], [0, 1, 2]])
+    variables = {**variables, "quantizer_stats": stats}
+    result = export(model.apply, variables, x.shape[1:], tmp_path / "file", format=format, low=-1.0, high=1.0)
+    assert verify(tmp_path / "file").ok
+    codes = result.graph.constants[kernel_of(result.graph, "layer")].array
+    np.testing.assert_array_equal(codes[record["held"]], record["code"][record["held"]])
+    np.testing.assert_array_equal(run(load(tmp_path / "file"), x), model.apply(variables, x))
 
 
 def tampered(file, change):

@@ -25,6 +25,8 @@ from qflax.quantizers import (
     Uniform,
     calibrate,
     freeze_widths,
+    frozen_share,
+    set_oscillation_threshold,
 )
 from qflax.verify import verify
 
@@ -392,6 +394,25 @@ def test_repeated_layers():
     model = quantize(Repeated({True: 0}), weights=specs[0], activations=specs[0], rules=rules)
     difference = model.apply(ready(model, x), x) - plain
     assert 0 < np.abs(difference).max() < 0.05 * np.abs(plain).max()
+
+
+def test_weights_that_oscillate_freeze_in_repeated_layers():
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    model = quantize(Repeated({True: 0}), weights=W4, activations=A8, freeze_oscillating=True)
+    variables = ready(model, x)
+    stats = set_oscillation_threshold(variables["quantizer_stats"], 0.015)
+    variables = {**variables, "quantizer_stats": stats}
+    step = jax.jit(functools.partial(model.apply, mutable=["quantizer_stats"]))
+    noise = np.random.default_rng(0)
+    for _ in range(8):
+        params = jax.tree.map(lambda p: p + 0.05 * noise.normal(size=p.shape), variables["params"])
+        variables = {**variables, **step({**variables, "params": params}, x)[1]}
+    assert 0.1 < frozen_share(variables["quantizer_stats"]) < 0.9
+    stats = variables["quantizer_stats"]
+    for layer in (stats["blocks"]["Dense_0"], stats["heads"]):
+        record = layer["weights"]["oscillation"]
+        shares = np.mean(record["held"], (-2, -1))
+        assert shares.shape == (3,) and len(np.unique(shares)) > 1 and record["threshold"].shape == (3,)
 
 
 def test_a_repetition_that_keeps_no_quantizers_is_told():

@@ -108,6 +108,7 @@ def changed(config, accumulator_bits, factor):
     config.quantizer_learning_rate *= factor
     config.weight_decay *= factor
     config.accumulator_strength = config.oscillation_damping = 1e-3 * factor
+    config.oscillation_freezing = (0.1 * factor, 0.01 * factor)
     config.size_targets.activation_kib_sum = 24.0 * factor
     config.seed = int(10 * factor)
     config.num_epochs = 20 * factor

@@ -64,6 +64,23 @@ def test_damping_grows_by_a_cosine(config):
     np.testing.assert_allclose(values, [0, (1 - 2**-0.5) / 2, 0.5, 1], atol=1e-6)
 
 
+def test_the_threshold_of_freezing_falls_by_a_cosine(config):
+    config.oscillation_freezing = (0.1, 0.02)
+    penalties = build.penalties(config, 100)
+    values = [float(penalties.oscillation_threshold(step)) for step in (-1, 49, 99)]
+    np.testing.assert_allclose(values, [0.1, 0.06, 0.02], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, dict(kind="accumulator_aware", bits=4, accumulator_bits=16)])
+def test_freezing_without_rounded_weights_is_an_error(tiny_config, weights):
+    tiny_config.oscillation_freezing = (0.1, 0.01)
+    tiny_config.rules = (dict(layers="input", activations={"bits": 8, "signed": True}),)
+    build.check_quantization(tiny_config)
+    tiny_config.weights = weights
+    with pytest.raises(UserError, match=r"oscillation_freezing=\(0.1, 0.01\): no weights are rounded to a"):
+        build.check_quantization(tiny_config)
+
+
 def test_damping_without_rounded_weights_is_an_error(tiny_config):
     tiny_config.oscillation_damping = 1e-3
     build.check_quantization(tiny_config)

@@ -89,6 +89,20 @@ def test_learned_widths_start_where_the_size_targets_hold(tiny_config, tmp_path,
     assert jax.tree.map(np.shape, build.state(tiny_config, start).variables) == shapes
 
 
+def test_the_quantizers_of_the_same_kind_of_run_are_kept(tiny_config, tmp_path):
+    """Not where only one of the two has records of weights that oscillate."""
+    for i, (its, own, kept) in enumerate(
+        (((0.0, 0.0), (0.0, 0.0), True), ((0.0, 0.0), (0.1, 0.01), False), ((0.2, 0.1), (0.1, 0.01), True))
+    ):
+        tiny_config.init_from, tiny_config.oscillation_freezing = "", its
+        random_run(tiny_config, tmp_path / str(i))
+        tiny_config.init_from, tiny_config.oscillation_freezing = str(tmp_path / str(i)), own
+        abstract = build.abstract_state(tiny_config).variables
+        variables, same = start_from(tiny_config, abstract)
+        assert same is kept
+        assert jax.tree.structure(variables) == jax.tree.structure(abstract)
+
+
 def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
     random_run(tiny_config, tmp_path)
     tiny_config.init_from = str(tmp_path)

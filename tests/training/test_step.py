@@ -8,7 +8,7 @@ import pytest
 
 from qflax.data import Dataset
 from qflax.data.augment import normalize
-from qflax.quantizers import DEVIATIONS, calibrate
+from qflax.quantizers import DEVIATIONS, calibrate, frozen_share
 from qflax.training import build
 from qflax.training.parallel import Devices
 from qflax.training.schedules import RateWindow
@@ -124,6 +124,28 @@ def test_damping_keeps_weights_near_their_grids(tiny_config, dataset):
         _, found = jax.jit(apply)(jax.device_get(state.variables), dataset.images[:1] / np.float32(255))
         distances.append(sum(map(float, jax.tree.leaves(found))))
     assert distances[1] < 0.5 * distances[0]
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_oscillating_weights_freeze(tiny_config, dataset):
+    tiny_config.weights.bits, tiny_config.learning_rate = 3, 1.0
+    tiny_config.oscillation_freezing = (0.015, 0.015)
+    devices, states = Devices(2), []
+    for steps in (7, 8):
+        state, _ = run(tiny_config, dataset, len(devices), [steps])
+        states.append(state)
+    records = [
+        {path[:-1]: value for path, value in leaves if path[-1].key == name}
+        for leaves in (jax.tree_util.tree_leaves_with_path(x.observed["quantizer_stats"]) for x in states)
+        for name in ("held", "code", "threshold")
+    ]
+    held, codes, _, later_held, later_codes, thresholds = records
+    shares = [frozen_share(state.observed["quantizer_stats"]) for state in states]
+    assert 0 < shares[0] <= shares[1] < 1
+    for path, mask in held.items():
+        assert later_held[path][mask].all()
+        np.testing.assert_array_equal(codes[path][mask], later_codes[path][mask])
+    np.testing.assert_allclose(list(thresholds.values()), 0.015, rtol=1e-6)
 
 
 def counts(state):
