@@ -60,8 +60,8 @@ def trained(model, digits):
 @pytest.mark.parametrize(
     "name",
     [
-        "cnn",
         "transformer",
+        pytest.param("cnn", marks=pytest.mark.thorough),
         pytest.param("mixer", marks=pytest.mark.thorough),
         pytest.param("mobilenet", marks=pytest.mark.thorough),
     ],

@@ -2,9 +2,13 @@
 
 import importlib
 
+import jax
 import pytest
 
-from qflax.training import allocation
+from qflax import config as config_lib
+from qflax.training import allocation, build
+from qflax.training.checkpoints import CheckpointWriter
+from qflax.training.state import initial_variables
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,3 +48,20 @@ def _tiny_config():
     config.checkpoint_every_steps = 5
     config.log_every_steps = 3
     return config
+
+
+@pytest.fixture(scope="session")
+def random_run():
+    """Function that saves a run at step 0, whose logits are not all 0, and returns its variables."""
+
+    def save(config, workdir):
+        variables = initial_variables(build.model(config), (32, 32, 3), 0)
+        classifier = variables["params"]["classifier"]
+        classifier["kernel"] = jax.random.normal(jax.random.key(1), classifier["kernel"].shape)
+        config_lib.save(config, workdir)
+        checkpoints = CheckpointWriter(workdir)
+        checkpoints.save(jax.device_get(build.state(config, variables)), 0)
+        checkpoints.close()
+        return variables
+
+    return save

@@ -42,33 +42,30 @@ def test_teacher_gets_no_gradient_and_the_student_s_is_the_difference_of_predict
     np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def teacher(make_tiny_config, tmp_path_factory):
+@pytest.mark.thorough
+def test_a_student_that_only_distils_comes_near_its_teacher(make_tiny_config, tmp_path):
     config = make_tiny_config()
     config.weights = config.activations = None
     config.num_train_steps = 60
-    workdir = tmp_path_factory.mktemp("teacher")
-    train(config, workdir)
-    return workdir
-
-
-@pytest.mark.thorough
-def test_a_student_that_only_distils_comes_near_its_teacher(make_tiny_config, teacher, tmp_path):
+    train(config, tmp_path / "teacher")
     config = make_tiny_config()
     config.num_train_steps = 60
-    config.distillation.update(teacher=str(teacher), weight=1.0, temperature=2.0)
+    config.distillation.update(teacher=str(tmp_path / "teacher"), weight=1.0, temperature=2.0)
     # The teacher has its own normalisation.
     config.mean, config.std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    train(config, tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train(config, tmp_path / "student")
+    rows = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["group"] == "train"]
     assert rows[-1]["distillation_loss"] < 0.5 * rows[0]["distillation_loss"]
     assert all(row["loss"] == row["distillation_loss"] for row in rows)
 
 
-def test_weights_of_both_losses_sum_to_one(make_tiny_config, teacher):
+def test_weights_of_both_losses_sum_to_one(make_tiny_config, random_run, tmp_path):
     config = make_tiny_config()
-    config.distillation.teacher = str(teacher)
+    config.weights = config.activations = None
+    random_run(config, tmp_path)
+    config = make_tiny_config()
+    config.distillation.teacher = str(tmp_path)
     network, devices = load_teacher(config), Devices(1)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
@@ -96,9 +93,12 @@ def test_a_teacher_that_is_none_is_refused(tiny_config, tmp_path):
         load_teacher(tiny_config)
 
 
-def test_a_teacher_of_another_data_set_is_refused_though_its_images_are_alike(make_tiny_config, teacher):
+def test_a_teacher_of_another_data_set_is_refused_though_its_images_are_alike(
+    make_tiny_config, random_run, tmp_path
+):
     config = make_tiny_config()
+    random_run(config, tmp_path)
     config.dataset = "cifar10"
-    config.distillation.teacher = str(teacher)
+    config.distillation.teacher = str(tmp_path)
     with pytest.raises(UserError, match="trained on digits .* not on cifar10"):
         load_teacher(config)

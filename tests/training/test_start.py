@@ -6,31 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from qflax import config as config_lib
 from qflax.data import load
 from qflax.errors import UserError
 from qflax.layers import sizes
 from qflax.training import allocation, build
 from qflax.training.calibration import CalibrationBatches
-from qflax.training.checkpoints import CheckpointWriter
 from qflax.training.start import start_from, starting_variables
-from qflax.training.state import initial_variables
-
-
-def random_run(config, workdir):
-    """Saves a run at step 0, whose logits are not all 0; returns its variables."""
-    variables = initial_variables(build.model(config), (32, 32, 3), 0)
-    classifier = variables["params"]["classifier"]
-    classifier["kernel"] = jax.random.normal(jax.random.key(1), classifier["kernel"].shape)
-    config_lib.save(config, workdir)
-    checkpoints = CheckpointWriter(workdir)
-    checkpoints.save(jax.device_get(build.state(config, variables)), 0)
-    checkpoints.close()
-    return variables
 
 
 @pytest.mark.thorough
-def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_path):
+def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_path, random_run):
     """In the layout of the accumulator-aware configurations, from a float run."""
     layout = importlib.import_module("configs.resnet18_w4a4_a2q_plus_12b_cifar10").get_config()
     digits = load("digits", "train")
@@ -64,7 +49,7 @@ def test_accumulator_aware_weights_start_from_projected_ones(tiny_config, tmp_pa
 
 
 @pytest.mark.thorough
-def test_learned_widths_start_where_the_size_targets_hold(tiny_config, tmp_path, monkeypatch):
+def test_learned_widths_start_where_the_size_targets_hold(tiny_config, tmp_path, monkeypatch, random_run):
     """Those of layers whose width is not learned stay as they are."""
     monkeypatch.setattr(allocation, "_WIDTHS", (4, 2))
     tiny_config.weights = tiny_config.activations = None
@@ -89,7 +74,7 @@ def test_learned_widths_start_where_the_size_targets_hold(tiny_config, tmp_path,
     assert jax.tree.map(np.shape, build.state(tiny_config, start).variables) == shapes
 
 
-def test_the_quantizers_of_the_same_kind_of_run_are_kept(tiny_config, tmp_path):
+def test_the_quantizers_of_the_same_kind_of_run_are_kept(tiny_config, tmp_path, random_run):
     """Not where only one of the two has records of weights that oscillate."""
     for i, (its, own, kept) in enumerate(
         (((0.0, 0.0), (0.0, 0.0), True), ((0.0, 0.0), (0.1, 0.01), False), ((0.2, 0.1), (0.1, 0.01), True))
@@ -103,7 +88,7 @@ def test_the_quantizers_of_the_same_kind_of_run_are_kept(tiny_config, tmp_path):
         assert jax.tree.structure(variables) == jax.tree.structure(abstract)
 
 
-def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
+def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path, random_run):
     random_run(tiny_config, tmp_path)
     tiny_config.init_from = str(tmp_path)
     tiny_config.mean, tiny_config.residual = (0.5, 0.5, 0.5), "unsigned"
@@ -112,7 +97,7 @@ def test_another_normalisation_or_network_is_no_start(tiny_config, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_another_epsilon_is_no_start_where_norms_use_it(tiny_config, tmp_path):
+def test_another_epsilon_is_no_start_where_norms_use_it(tiny_config, tmp_path, random_run):
     random_run(tiny_config, tmp_path)
     tiny_config.init_from, tiny_config.batch_norm_epsilon = str(tmp_path), 1e-3
     with pytest.raises(UserError, match="batch_norm_epsilon is 1e-05 there, 0.001 here"):
