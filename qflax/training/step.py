@@ -131,6 +131,11 @@ class TrainStep:
         skipped = ~made & (state.bad_steps < numbers.skip_bad_steps)
         bad_steps = jnp.where(made, 0, state.bad_steps + ~stuck)
         metrics["bad_steps"] = bad_steps.astype(jnp.float32)
+        if widths_frozen(updated.observed[STATISTICS]) is not None:
+            # At the last step, though it changes nothing else.
+            due = skipped & (state.step + 1 >= penalties.last_step)
+            statistics = freeze_widths(updated.observed[STATISTICS], due)
+            updated = updated.replace(observed={**updated.observed, STATISTICS: statistics})
         return updated.replace(step=state.step + (made | skipped), bad_steps=bad_steps), metrics
 
     def update(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qflax.data import Dataset
-from qflax.quantizers import CONSTRAINTS, PARAMETERS, calibrate, constrain
+from qflax.quantizers import CONSTRAINTS, PARAMETERS, STATISTICS, calibrate, constrain, widths_frozen
 from qflax.training import build
 from qflax.training.diagnosis import first_not_finite
 from qflax.training.parallel import Devices
@@ -77,6 +77,7 @@ def runs(make_tiny_config):
     plain.weights = plain.activations = None
     quantized.ema_decay = 0.9
     learned.weights = learned.activations = dict(kind="mixed_precision", bits=6)
+    learned.freeze_widths_after = 1.0
     return {"float": Run(plain), "quantized": Run(quantized), "learned": Run(learned)}
 
 
@@ -130,6 +131,15 @@ def test_one_bad_step_too_many_leaves_the_state_before_it_whatever_comes(network
     *_, skipped, stuck, still = network.states([1, np.nan, np.nan, 1], skip=1)
     assert [n for _, n in (skipped, stuck, still)] == [1, 2, 2]
     assert int(still[0].step) == 2 and same(learned(skipped[0]), learned(still[0]))
+
+
+@pytest.mark.parametrize("network", ["learned"], indirect=True)
+def test_widths_freeze_at_a_last_step_that_is_skipped(network):
+    states = [state for state, _ in network.states([1] * 9 + [np.nan], skip=1)]
+    frozen = [bool(widths_frozen(state.observed[STATISTICS])) for state in states]
+    assert frozen == [False] * 9 + [True] and same(states[-1].trained, states[-2].trained)
+    *_, stuck = network.states([1] * 9 + [np.nan], skip=0)
+    assert not widths_frozen(stuck[0].observed[STATISTICS])  # It is not made, and the run ends.
 
 
 @pytest.mark.parametrize("network", ["quantized", "learned"], indirect=True)
