@@ -188,7 +188,8 @@ def get_config() -> ml_collections.ConfigDict:
     # it grows from 0 by a cosine. 0 is off.
     config.oscillation_damping = 0.0
     # Weights of at most four bits freeze that change back and forth more often than these frequencies, over
-    # the last hundred steps or so, at the first and at the last step; (0.1, 0.01), say. (0.0, 0.0) is off.
+    # the last hundred steps or so, at the first and at the last step; (0.1, 0.01), say. (0.0, 0.0) is off. Of
+    # learned widths once these are frozen.
     config.oscillation_freezing = (0.0, 0.0)
 
     # The run.

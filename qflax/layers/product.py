@@ -12,7 +12,7 @@ from flax.typing import Initializer
 from qflax.layers.activation import Quantize
 from qflax.layers.cost import report
 from qflax.layers.operands import affine, product_cost, quantize_bias, quantize_outputs, quantize_weights
-from qflax.quantizers import FLOAT, PROJECTED, Quantization, QuantizedArray, value_of
+from qflax.quantizers import FLOAT, HELD, PROJECTED, Quantization, QuantizedArray, value_of
 
 
 class Product(nn.Module):
@@ -44,7 +44,7 @@ class Product(nn.Module):
         shape = self._kernel_shape(x)
         kernel = self._flat(self.param("kernel", self._kernel_init(shape), shape, self.param_dtype), x)
         quantized = quantize_weights(self, self.quantization, kernel, inputs)
-        self._take_projected(shape, x)
+        self._take_kernel(shape, x)
         dtype = jnp.dtype(self.dtype or jnp.result_type(x, kernel))
         bias = None
         if self.use_bias:
@@ -62,14 +62,15 @@ class Product(nn.Module):
         return outputs
 
     @nn.nowrap
-    def _take_projected(self, shape: tuple[int, ...], x: jax.Array) -> None:
-        """Puts what its quantizer has projected in the place of the kernel of `shape`."""
-        if self.is_initializing() or not self.is_mutable_collection(PROJECTED):
-            return
-        projected = self.get_variable(PROJECTED, "weights", {})
-        if projected and self.is_mutable_collection("params"):  # `nn.map_variables` makes them of others.
-            kernel = self._unflat(projected["kernel"], shape, x).astype(self.param_dtype)
-            self.put_variable("params", "kernel", kernel)
+    def _take_kernel(self, shape: tuple[int, ...], x: jax.Array) -> None:
+        """Puts what its quantizer has projected, or holds, in the place of the kernel of `shape`."""
+        if self.is_initializing() or not self.is_mutable_collection("params"):
+            return  # `nn.map_variables` makes them of others.
+        for collection in (PROJECTED, HELD):
+            reported = self.get_variable(collection, "weights", {})
+            if reported and self.is_mutable_collection(collection):
+                kernel = self._unflat(reported["kernel"], shape, x).astype(self.param_dtype)
+                self.put_variable("params", "kernel", kernel)
 
     @nn.nowrap
     def _multiply(self, x: jax.Array, kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -94,7 +94,9 @@ def sensitivities(
     inputs, labels = [x for x, _ in evaluation], _labels(evaluation)
     rows, reference = {}, None
     for width in bits:
-        model = make_model(_AtWidth(**vars(quantization), bits=width))
+        # No weights are trained, and widths of other layers are not made to freeze any.
+        fields = {**vars(quantization), "freeze_oscillating": False}
+        model = make_model(_AtWidth(**fields, bits=width))
         network = _SwitchedNetwork(model, variables, calibration)
         if reference is None:
             reference, elements = network.logits(inputs), network.elements()

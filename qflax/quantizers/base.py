@@ -12,6 +12,7 @@ from qflax.quantizers.collections import (
     CONSTRAINTS,
     DEVIATIONS,
     GIVEN,
+    HELD,
     OBSERVED,
     PARAMETERS,
     STATISTICS,
@@ -107,11 +108,17 @@ class Quantizer(nn.Module):
         """Whether weights freeze that oscillate."""
         return self.weights and self.freezes_oscillating and self.format.bits <= MOST_BITS
 
-    def _held(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-        """Weights `x`, those that are frozen on their points of the grid of `scale`."""
+    def _held(self, x: jax.Array, scale: jax.Array, kernel: jax.Array | None) -> jax.Array:
+        """Weights `x`, those that are frozen on their points of the grid of `scale`.
+
+        Where that is asked for, reports likewise the `kernel` that they were made of, if it has their units.
+        """
         if not self._freezes:
             return x
-        return hold(x, scale, self.variable(STATISTICS, RECORD, unobserved, x.shape).value)
+        record = self.variable(STATISTICS, RECORD, unobserved, x.shape).value
+        if kernel is not None and self._is_asked(HELD):
+            self._report(HELD, "kernel", hold(kernel, scale, record))
+        return hold(x, scale, record)
 
     def _watch(
         self,

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qflax.errors import choose, require
 from qflax.quantizers.collections import CALIBRATION, GIVEN, OBSERVED, PARAMETERS, STATISTICS
 from qflax.quantizers.observers import observer_of
+from qflax.quantizers.oscillation import RECORD
 
 CALIBRATIONS = ("batches", "ema", "set")
 
@@ -41,8 +43,8 @@ def calibrate(
     |         |                                                             | percentile: 3        |
 
     A quantizer that the model calls several times sees the inputs of all its calls, each as one of a batch.
-    Batch norm's statistics and the weights are left as they are; earlier calibrations are forgotten. Nothing
-    drops out, see `apply_without_dropout`.
+    Batch norm's statistics and the weights are left as they are; earlier calibrations are forgotten, and
+    with the weights' ranges which of them are frozen. Nothing drops out, see `apply_without_dropout`.
 
     Args:
       model: a module built of qflax layers, without an axis of devices.
@@ -71,7 +73,7 @@ def calibrate(
     own = {name: variables.pop(name, {}) for name in (PARAMETERS, STATISTICS)}
     before = own[STATISTICS]
     own[STATISTICS] = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * 0 if _counts(path, roles) else x, own[STATISTICS]
+        lambda path, x: jnp.zeros_like(x) if _is_forgotten(path, roles) else x, own[STATISTICS]
     )
     mutable = [PARAMETERS, STATISTICS, *(CALIBRATION[role] for role in roles)]
     mutable += [name for name in ("batch_stats",) if name in variables]
@@ -123,6 +125,13 @@ def _counts(path: tuple, roles: Sequence[str]) -> bool:
     if path[-1].key != "count":
         return False
     return len(path) == 1 or ("weights" if path[-2].key == "weights" else "activations") in roles
+
+
+def _is_forgotten(path: tuple, roles: Sequence[str]) -> bool:
+    """Whether a statistic is of an earlier calibration, or of weights that froze on the grid of that."""
+    if len(path) > 1 and path[-2].key == RECORD:
+        return "weights" in roles and path[-1].key != "threshold"
+    return _counts(path, roles)
 
 
 def _warn_of_unreached(before: Mapping, after: Mapping, roles: Sequence[str]) -> None:

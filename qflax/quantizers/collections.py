@@ -4,13 +4,17 @@ Weights stay in `params` and batch norm's statistics in `batch_stats`, as everyw
 """
 
 PARAMETERS = "quantizer_params"  # Trained: scales, ranges, offsets, widths.
-STATISTICS = "quantizer_stats"  # Observed or set: calibrated ranges, counts, frozen and accumulator widths.
+# Observed or set: calibrated ranges, counts, frozen and accumulator widths, records of oscillations.
+STATISTICS = "quantizer_stats"
 
 # Reported by a forward pass in which they are mutable.
 CONSTRAINTS = "quantizer_constraints"  # What `PARAMETERS` must satisfy after every update.
 PENALTIES = "quantizer_penalties"  # Terms for the loss.
 DEVIATIONS = "quantizer_deviations"  # Squared distances of weights from their grids, summed.
-PROJECTED = "projected_weights"  # Kernels that accumulators allow, which layers put in the place of theirs.
+# Kernels that layers put in the place of theirs: those that accumulators allow, and those with frozen weights
+# on their points.
+PROJECTED = "projected_weights"
+HELD = "held_weights"
 OBSERVED = "quantizer_inputs"  # What the ranges of activations are chosen from, in a calibration pass.
 
 # Role -> collection whose being mutable makes a forward pass calibrate the quantizers of that role. They

@@ -165,7 +165,8 @@ class MixedPrecisionQuantizer(Quantizer):
 
     Variables (float32; [] or, per channel, [channels]): in `quantizer_params` two of `step`, `x_max` and
     `bits`; in `quantizer_stats` the observed range `x_max` with `count`, the width `bits` of the last
-    training pass, and `frozen` (bool), since when `bits` is the width for good (see `freeze_widths`).
+    training pass, and `frozen` (bool), since when `bits` is the width for good (see `freeze_widths`); of
+    weights that then freeze when they oscillate also the record `oscillation`.
 
     While a range is learned beside a step it need not be a multiple of it: values beyond are `x_max`, off
     the grid. Frozen, the step is `x_max` divided by the highest code, and all values are on the grid.
@@ -197,7 +198,7 @@ class MixedPrecisionQuantizer(Quantizer):
         if self._calibrating and not self.weights:
             return QuantizedArray(x, x / step, step, jnp.zeros(()), fmt)
         highest = jax.lax.stop_gradient(highest)
-        x = self._held(x, step)
+        x = self._held(x, step, x)
         value = quantize_to_range(x, step, x_max, signed=self._has_sign, highest=highest)
         self._report_deviation(x, value, x_max)
         # The same once more, which compilers notice.
@@ -209,7 +210,8 @@ class MixedPrecisionQuantizer(Quantizer):
 
     @property
     def _freezes(self) -> bool:
-        return self.weights and self.freezes_oscillating  # Their widths are known once they are fixed.
+        lowest = WidthConstraint(self.spec, self._has_sign).min_bits
+        return self.weights and self.freezes_oscillating and lowest <= MOST_BITS
 
     @property
     def _has_sign(self) -> bool:

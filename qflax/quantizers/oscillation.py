@@ -10,7 +10,11 @@ the grid, all changes of direction would count. A record of a kernel has, of its
 | `frequency` | float32 | running average of oscillations: of changes against the last direction        |
 | `held`      | bool    | whether the weight is frozen                                                  |
 
-and `steps` (int32), how many training steps it has seen, and the `threshold` (float32) of the frequency.
+and `steps` (int32), how many training steps it has seen, and the `threshold` (float32) of the frequency. Of a
+layer that is called several times in a step, each call counts as one.
+
+What is left of a frozen weight in `params` has no gradient, but would decay. A training step that names
+`params` and `HELD` as mutable gets kernels with frozen weights on their points, to go on from.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +46,7 @@ def unobserved(shape: tuple[int, ...]) -> dict[str, jax.Array]:
 def hold(x: jax.Array, scale: jax.Array, record: Mapping[str, jax.Array]) -> jax.Array:
     """Weights `x` with those that are frozen on their points of the grid of `scale`.
 
-    Frozen weights pass their gradients on to the scale, times their codes.
+    Frozen weights pass their gradients on to the scale, where it has one, times their codes.
     """
     return jnp.where(record["held"], product(record["code"], scale), x)
 
@@ -102,7 +106,7 @@ def set_oscillation_threshold(quantizer_stats: Mapping, threshold: jax.Array | f
 
 
 def frozen_share(quantizer_stats: Mapping) -> jax.Array | None:
-    """Fraction of the weights that are frozen, of those that may be; None if there are none."""
+    """Fraction of the weights that are frozen, of all kernels with a record; None if there are none."""
     leaves = jax.tree_util.tree_leaves_with_path(quantizer_stats)
     held = [value for path, value in leaves if path[-1].key == "held"]
     if not held:

@@ -30,7 +30,8 @@ class ScaledQuantizer(Quantizer):
     | static, ema | -                                              |
 
     and for all of these in `quantizer_stats` the observed range, `x_max` and if asymmetric `x_min`, and
-    `count`, the number of batches that it comes from; a set that was calibrated as a whole is one.
+    `count`, the number of batches that it comes from; a set that was calibrated as a whole is one. Of weights
+    that freeze when they oscillate also the record `oscillation`.
     """
 
     @property
@@ -44,9 +45,9 @@ class ScaledQuantizer(Quantizer):
         del inputs
         spec, fmt = self.spec, self.format
         self._check()
-        x = x.astype(jnp.float32)
+        kernel = x = x.astype(jnp.float32)
         if spec.scale == "dorefa":
-            x = _dorefa_weights(x)
+            kernel, x = None, _dorefa_weights(x)
         scale, zero_point = self._grid(x)
         self._declare_bounds()
         if self._calibrating and not self.weights:
@@ -54,7 +55,7 @@ class ScaledQuantizer(Quantizer):
         if spec.scale == "pact":
             x = _pact_clip(x, scale * fmt.threshold, fmt.signed)
             scale = jax.lax.stop_gradient(scale)
-        x = self._held(x, scale)
+        x = self._held(x, scale, kernel)
         stochastic = spec.rounding == "stochastic" and self.has_rng("quantization")
         key = self.make_rng("quantization") if stochastic else None
         if isinstance(fmt, MinifloatFormat):

@@ -13,6 +13,7 @@ from qflax.layers import COST, sizes, sown_costs
 from qflax.quantizers import (
     CONSTRAINTS,
     DEVIATIONS,
+    HELD,
     PARAMETERS,
     PENALTIES,
     STATISTICS,
@@ -25,7 +26,7 @@ from qflax.quantizers import (
 )
 from qflax.training.distillation import Teacher, distillation_loss
 from qflax.training.losses import LOSSES, smooth
-from qflax.training.optimizers import Hyperparameters, OptimizerKinds, build_optimizer
+from qflax.training.optimizers import WEIGHTS, Hyperparameters, OptimizerKinds, build_optimizer
 from qflax.training.parallel import AXIS
 from qflax.training.penalties import Penalties
 from qflax.training.schedules import RateWindow
@@ -156,7 +157,10 @@ class TrainStep:
         threshold = penalties.oscillation_threshold(state.step)
         statistics = set_oscillation_threshold(state.observed[STATISTICS], threshold)
         before = {**state.observed, STATISTICS: statistics}
+        freezes_weights = frozen_share(statistics) is not None
         reported = [CONSTRAINTS, PENALTIES, *[COST] * learns_widths, *[DEVIATIONS] * self.damped]
+        if freezes_weights:
+            reported += [HELD, WEIGHTS]
 
         def loss_of(trained):
             logits, new = self.model.apply(
@@ -199,9 +203,10 @@ class TrainStep:
             frozen = penalties.freeze(extra, state.step)
             observed[STATISTICS] = freeze_widths(observed[STATISTICS], frozen)
             metrics["widths_frozen"] = widths_frozen(observed[STATISTICS]).astype(jnp.float32)
-        share = frozen_share(observed[STATISTICS])
-        if share is not None:
-            metrics["frozen_weights"] = share
+        if freezes_weights:
+            metrics["frozen_weights"] = frozen_share(observed[STATISTICS])
+            # Those that are frozen go on from their points, from which they would decay.
+            state = state.replace(trained={**state.trained, WEIGHTS: new[WEIGHTS]})
         updated = self._apply(state, gradients, observed, new, relative_rate, numbers)
         return updated, metrics, gradients
 

@@ -250,3 +250,13 @@ def test_unknown_roles_and_impossible_widths_are_refused():
     assert "did you mean 'weights'" in message_of(measure, roles=("weight",))
     for width in (0, 17, 2.5):
         assert f"bits={width}: " in message_of(measure, bits=(8, width))
+
+
+def test_narrow_widths_do_not_let_weights_freeze():
+    """Those that are wider, and rounded otherwise than to the nearest point, are measured at four bits, too."""
+    floor = Rule("classifier", {"weights": {"kind": "uniform", "bits": 8, "rounding": "floor"}})
+    policy = Quantization(weights=Uniform(bits=4), rules=(floor,), freeze_oscillating=True)
+    rows = sensitivities(
+        Net, policy, variables_of(), CALIBRATION[:1], EVALUATION[:1], bits=(4,), roles=("weights",)
+    )
+    assert {row.path: row.bits for row in rows} == {"stem": 4, "block0_conv": 4, "classifier": 4}

@@ -157,6 +157,19 @@ def test_frozen_weights_follow_the_scale():
     assert same[held].all() and not same[~held].all()
 
 
+def test_another_calibration_lets_go():
+    xs = walk(60)
+    model, variables = start(Uniform(bits=3, scale="log2"), xs[0])
+    stats = set_oscillation_threshold(variables["quantizer_stats"], 0.08)
+    started, step = {**variables, "quantizer_stats": stats}, training_step(model)
+    variables = started
+    for x in xs:
+        _, variables = step(variables, x)
+    same = calibrate(model, variables, [xs[0]], roles=("activations",))
+    assert frozen_share(same["quantizer_stats"]) == frozen_share(variables["quantizer_stats"]) > 0
+    jax.tree.map(np.testing.assert_array_equal, calibrate(model, variables, [xs[0]]), started)
+
+
 def test_while_a_width_is_learned_nothing_freezes():
     xs = walk(60)
     model = quantizer_of(MixedPrecision(bits=3), weights=True, freezes_oscillating=True)
@@ -187,7 +200,8 @@ def test_learned_widths_of_more_than_four_bits_do_not_freeze():
 
 def test_only_weights_on_the_nearest_points_have_records():
     x = walk(1)[0]
-    assert "oscillation" not in quantizer_of(Uniform(bits=3), weights=True).init(jax.random.key(0), x)
+    model = quantizer_of(Uniform(bits=3), weights=True)
+    assert frozen_share(model.init(jax.random.key(0), x)["quantizer_stats"]) is None
     model = quantizer_of(Uniform(bits=3, scale="static"), weights=False, freezes_oscillating=True)
     assert frozen_share(model.init(jax.random.key(0), x)["quantizer_stats"]) is None
     inputs = quantizer_of(Uniform(bits=4, scale="constant", scale_value=1.0), weights=False).apply({}, x)

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from qflax.data import Dataset
 from qflax.data.augment import normalize
@@ -127,21 +128,32 @@ def test_damping_keeps_weights_near_their_grids(tiny_config, dataset):
 
 
 def test_oscillating_weights_freeze(tiny_config, dataset):
-    tiny_config.weights.bits, tiny_config.learning_rate = 3, 1.0
+    tiny_config.weights.bits, tiny_config.learning_rate, tiny_config.momentum = 3, 1.0, 0.0
     tiny_config.oscillation_freezing = (0.015, 0.015)
-    states = [run(tiny_config, dataset, 1, [1] * steps)[0] for steps in (7, 8)]
-    records = [
-        {path[:-1]: value for path, value in leaves if path[-1].key == name}
-        for leaves in (jax.tree_util.tree_leaves_with_path(x.observed["quantizer_stats"]) for x in states)
-        for name in ("held", "code", "threshold")
-    ]
-    held, codes, _, later_held, later_codes, thresholds = records
-    shares = [frozen_share(state.observed["quantizer_stats"]) for state in states]
+    before, after = (run(tiny_config, dataset, 1, [1] * steps)[0] for steps in (7, 8))
+    shares = [frozen_share(state.observed["quantizer_stats"]) for state in (before, after)]
     assert 0 < shares[0] <= shares[1] < 1
-    for path, mask in held.items():
-        assert later_held[path][mask].all()
-        np.testing.assert_array_equal(codes[path][mask], later_codes[path][mask])
-    np.testing.assert_allclose(list(thresholds.values()), 0.015, rtol=1e-6)
+    kernels = flatten_dict(after.trained["params"])
+    for path, (scale, record) in oscillating(before).items():
+        later_scale, later = oscillating(after)[path]
+        held = record["held"]
+        assert later["held"][held].all() and later["threshold"] == np.float32(0.015)
+        np.testing.assert_array_equal(later["code"][held], record["code"][held])
+        # They went on from their points, on the grid of the last step.
+        distance = np.abs(kernels[*path, "kernel"] - record["code"] * scale) / later_scale
+        assert np.all(distance[held] < 1e-3)
+
+
+def oscillating(state):
+    """Path of a layer -> the scale of its weights, and the record of their oscillations."""
+    scales = flatten_dict(state.trained["quantizer_params"])
+    stats = flatten_dict(state.observed["quantizer_stats"])
+    records = {}
+    for path, value in stats.items():
+        if path[-2] == "oscillation":
+            scale = scales[*path[:-2], "scale"]
+            records.setdefault(path[:-3], (scale, {}))[1][path[-1]] = value
+    return records
 
 
 def counts(state):
