@@ -253,10 +253,8 @@ def test_unknown_roles_and_impossible_widths_are_refused():
 
 
 def test_narrow_widths_do_not_let_weights_freeze():
-    """Those that are wider, and rounded otherwise than to the nearest point, are measured at four bits, too."""
+    """Wider ones that are rounded otherwise than to the nearest point are measured at four bits, too."""
     floor = Rule("classifier", {"weights": {"kind": "uniform", "bits": 8, "rounding": "floor"}})
     policy = Quantization(weights=Uniform(bits=4), rules=(floor,), freeze_oscillating=True)
-    rows = sensitivities(
-        Net, policy, variables_of(), CALIBRATION[:1], EVALUATION[:1], bits=(4,), roles=("weights",)
-    )
+    rows = measure(policy, evaluation=EVALUATION[:1], bits=(4,), roles=("weights",))
     assert {row.path: row.bits for row in rows} == {"stem": 4, "block0_conv": 4, "classifier": 4}
