@@ -21,6 +21,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 atexit.register(shutil.rmtree, f"{tempfile.gettempdir()}/qflax-tests-{os.getpid()}", ignore_errors=True)
 
@@ -65,15 +66,26 @@ def golden():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Thousands of compiled programs would come to many gigabytes by the last test."""
-    yield
+def _compilation(request):
+    """Programs are compiled without optimizations, by XLA's older emitters: most run a few times here.
+
+    Where a module is marked `exact` they are what users have. At its end all are forgotten: thousands of them
+    would come to many gigabytes by the last test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("exact"):
+            jax.config.update("jax_disable_most_optimizations", True)
+            patch.setattr(compiler, "get_compile_options", _careless(compiler.get_compile_options))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs that are compiled carelessly, for tests that run each of theirs a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def _careless(get_compile_options):
+    @functools.wraps(get_compile_options)
+    def options(*args, **kwargs):
+        found = get_compile_options(*args, **kwargs)
+        found.env_option_overrides = [*found.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+        return found
+
+    return options

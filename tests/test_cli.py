@@ -16,10 +16,7 @@ from safetensors.numpy import save_file
 from qflax.cli import main, report_errors, train_main
 from qflax.errors import Interrupted
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning"),  # Of ml_collections.
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")  # Of ml_collections.
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = [
     "--config=configs/quickstart.py",

@@ -30,9 +30,6 @@ ROWS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def config_of(name):
     return importlib.import_module(f"configs.{name}").get_config()
 

@@ -27,7 +27,7 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _quick(quick_compilation, monkeypatch):
+def _started(monkeypatch):
     """Nothing of this process's JAX, which has started, is set."""
     monkeypatch.setattr("qflax.runtime.configure", lambda *_: None)
 

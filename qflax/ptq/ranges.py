@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import flax.linen as nn
 import jax
 
-from qflax.errors import require
 from qflax.quantizers import calibrate, project_weights
+from qflax.quantizers.checks import check_several_passes
 
 
 def set_ranges(
@@ -29,11 +29,7 @@ def set_ranges(
     Raises:
       UserError: `batches` can be passed over only once; see also `quantizers.calibrate`.
     """
-    require(
-        iter(batches) is not batches,
-        "set_ranges: batches can be passed over only once, and this takes several passes; give a list, or an "
-        "object whose iter() starts anew",
-    )
+    check_several_passes("set_ranges", batches)
     variables = calibrate(model, variables, batches, **calibration)
     variables, projected = project_weights(model, variables, next(iter(batches))[:1], train=False)
     if projected:

@@ -12,9 +12,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qflax.errors import choose, require
+from qflax.quantizers.checks import check_several_passes
 from qflax.quantizers.collections import CALIBRATION, GIVEN, OBSERVED, PARAMETERS, STATISTICS
 from qflax.quantizers.observers import observer_of
-from qflax.quantizers.oscillation import RECORD
+from qflax.quantizers.oscillation import in_record
 
 CALIBRATIONS = ("batches", "ema", "set")
 
@@ -129,7 +130,7 @@ def _counts(path: tuple, roles: Sequence[str]) -> bool:
 
 def _is_forgotten(path: tuple, roles: Sequence[str]) -> bool:
     """Whether a statistic is of an earlier calibration, or of weights that froze on the grid of that."""
-    if len(path) > 1 and path[-2].key == RECORD:
+    if in_record(path):
         return "weights" in roles and path[-1].key != "threshold"
     return _counts(path, roles)
 
@@ -176,11 +177,7 @@ def _ranges_of_set(calls_of: Callable, batches: Iterable[jax.Array]) -> dict:
       calls_of: function from a batch to {path: what came into a quantizer in each of its calls}.
       batches: see `calibrate`.
     """
-    require(
-        iter(batches) is not batches,
-        "over='set': batches can be passed over only once, and this takes several passes; give a list, or "
-        "an object whose iter() starts anew",
-    )
+    check_several_passes("over='set'", batches)
     first = next(iter(batches), None)
     require(first is not None, "over='set': batches is empty; give at least one batch")
     observers = {

@@ -45,6 +45,15 @@ def check_whole(spec: typing.Any, name: str, low: int, high: int, what: str) -> 
     require(ok, f"{name}={value!r}: {what}")
 
 
+def check_several_passes(what: str, batches: typing.Iterable) -> None:
+    """Raises `UserError` if batches are an iterator, which is used up after one pass."""
+    require(
+        iter(batches) is not batches,
+        f"{what}: batches can be passed over only once, and this takes several passes; give a list, or an "
+        "object whose iter() starts anew",
+    )
+
+
 def check_range_fields(spec: typing.Any, statistics: typing.Sequence[str]) -> None:
     """Checks `granularity`, `statistic` (None is the default) and `percentile`."""
     choose("granularity", spec.granularity, GRANULARITIES)

@@ -43,6 +43,11 @@ def unobserved(shape: tuple[int, ...]) -> dict[str, jax.Array]:
     }
 
 
+def in_record(path: tuple) -> bool:
+    """Whether a leaf of the statistics is of such a record."""
+    return len(path) > 1 and path[-2].key == RECORD
+
+
 def hold(x: jax.Array, scale: jax.Array, record: Mapping[str, jax.Array]) -> jax.Array:
     """Weights `x` with those that are frozen on their points of the grid of `scale`.
 
@@ -99,8 +104,8 @@ def set_oscillation_threshold(quantizer_stats: Mapping, threshold: jax.Array | f
     )
 
     def change(path, value):
-        of_record = path[-1].key == "threshold" and len(path) > 1 and path[-2].key == RECORD
-        return jnp.full_like(value, threshold) if of_record else value
+        given = in_record(path) and path[-1].key == "threshold"
+        return jnp.full_like(value, threshold) if given else value
 
     return jax.tree_util.tree_map_with_path(change, quantizer_stats)
 
@@ -108,7 +113,7 @@ def set_oscillation_threshold(quantizer_stats: Mapping, threshold: jax.Array | f
 def frozen_share(quantizer_stats: Mapping) -> jax.Array | None:
     """Fraction of the weights that are frozen, of all kernels with a record; None if there are none."""
     leaves = jax.tree_util.tree_leaves_with_path(quantizer_stats)
-    held = [value for path, value in leaves if path[-1].key == "held"]
+    held = [value for path, value in leaves if in_record(path) and path[-1].key == "held"]
     if not held:
         return None
     return sum(jnp.sum(value, dtype=jnp.float32) for value in held) / sum(value.size for value in held)

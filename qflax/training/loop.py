@@ -18,6 +18,7 @@ from qflax.errors import Interrupted, UserError, require
 from qflax.files import require_makeable, write_atomically
 from qflax.layers import sizes
 from qflax.quantizers import PARAMETERS, STATISTICS, frozen_share, widths_frozen
+from qflax.quantizers.oscillation import in_record
 from qflax.training import build
 from qflax.training import workdir as workdir_lib
 from qflax.training.calibration import CalibrationBatches
@@ -39,7 +40,6 @@ from qflax.training.state import TrainState
 from qflax.training.stream import stream_of
 from qflax.training.table import cost_table, cost_totals
 
-_BOOKKEEPING = ("count", "steps", "code", "mean", "direction", "frequency", "threshold")  # Of quantizers.
 _MOST_UNROLLED = 16  # Steps of a dispatch, where each is compiled anew.
 
 
@@ -352,7 +352,8 @@ def _frozen(served) -> dict[str, float]:
 
 
 def _per_layer(costs, variables) -> dict[str, float]:
-    """Bits of every layer, of its accumulator, and the mean of every learned or observed scale or range."""
+    """Bits of every layer, of its accumulator, the mean of every learned or observed scale or range, and the
+    share of its frozen weights."""
     numbers = {}
     for cost in costs:
         if cost.macs:
@@ -364,6 +365,6 @@ def _per_layer(costs, variables) -> dict[str, float]:
     for collection in (STATISTICS, PARAMETERS):
         for path, value in jax.tree_util.tree_leaves_with_path(variables[collection]):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if path[-1].key not in _BOOKKEEPING:
+            if path[-1].key == "held" or not (path[-1].key == "count" or in_record(path)):
                 numbers[name] = float(np.mean(value))
     return numbers

@@ -212,7 +212,7 @@ def _compare_with_package(
     network: Network, analysis: Analysis, failures: list[str], notes: list[str]
 ) -> None:
     """Executes the file with another package too, if it is there."""
-    package = qonnx.executor(network.path)
+    package = qonnx.PACKAGES[network.dialect]
     low, high = network.inputs or _UNIT
     count = len(network.probe.outputs) if network.probe else 2
     x = probe_inputs(count, network.shape, low, high)

@@ -19,6 +19,7 @@ from qflax.verify.qonnx_operations import LOOSE, MOVING, SUMS, TRANSLATIONS, WHO
 
 DOMAINS = ("", "ai.onnx", "qonnx.custom_op.general", "finn.custom_op.general", "onnx.brevitas")
 METADATA = "qflax"
+PACKAGES = {"ONNX": "onnxruntime", "QONNX": "qonnx"}  # Dialect -> what executes it.
 
 
 def read(path: pathlib.Path) -> Network:
@@ -31,24 +32,19 @@ def read(path: pathlib.Path) -> Network:
         raise UserError(f"{path}: {_line(error)}") from None
 
 
-def executor(path: pathlib.Path) -> str:
-    """The package that executes a file: onnxruntime what is plain ONNX, qonnx all else."""
-    return "onnxruntime" if _is_plain(open_model(path)) else "qonnx"
-
-
-def _is_plain(model) -> bool:
-    return all(node.domain in ("", "ai.onnx") for node in model.graph.node)
+def _dialect(model) -> str:
+    return "ONNX" if all(node.domain in ("", "ai.onnx") for node in model.graph.node) else "QONNX"
 
 
 def execute(path: pathlib.Path, x: np.ndarray) -> np.ndarray:
-    """Outputs of that package for x [examples, *network.shape], as many at a time as the file declares.
+    """Outputs of its package for x [examples, *network.shape], as many at a time as the file declares.
 
     Raises:
       ImportError: if the package is not installed.
     """
     model = open_model(path)
     value = _input(model.graph)
-    serve = (_onnxruntime if executor(path) == "onnxruntime" else _qonnx)(model, value.name)
+    serve = (_onnxruntime if _dialect(model) == "ONNX" else _qonnx)(model, value.name)
     x = (x.transpose(0, 3, 1, 2) if x.ndim == 4 else x).astype(_type(value))
     batch, *_ = _declared(value)
     missing = -len(x) % batch
@@ -129,8 +125,7 @@ def _network(path: pathlib.Path, model) -> Network:
     if others:
         raise ValueError(f"metadata: {min(others)!r} has accumulator_bits, but is no convolution or product")
     probe = Probe.from_json(metadata["probe"]) if metadata else None
-    dialect = "ONNX" if _is_plain(model) else "QONNX"
-    network = builder.network(path, dialect, values[model.graph.output[0].name], probe, inputs)
+    network = builder.network(path, _dialect(model), values[model.graph.output[0].name], probe, inputs)
     if probe:
         _check_metadata(network, metadata)
     return network

@@ -20,6 +20,8 @@ from qflax.linen import quantize
 from qflax.quantizers import Quantization, Uniform, calibrate
 from qflax.verify import verify
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.mark.thorough
 def test_a_packed_file_runs_without_what_made_it(tmp_path, trained):

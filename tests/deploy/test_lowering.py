@@ -15,6 +15,8 @@ from qflax.errors import UserError
 from qflax.numerics import IntegerFormat
 from qflax.quantizers import MixedPrecision, Quantization, quantizer_of
 
+pytestmark = pytest.mark.exact
+
 X = np.random.default_rng(0).normal(size=(3, 6, 4, 8)).astype(np.float32)
 ALONG = {"kernel": X[0, :3, :, :6].reshape(3, 4, 6), "bias": X[0, 0, 0, :6]}
 

@@ -27,6 +27,8 @@ from tests.deploy.test_qonnx import (
     residual_net,
 )
 
+pytestmark = pytest.mark.exact
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -12,6 +12,8 @@ from qflax.deploy.qonnx import to_qonnx
 from qflax.errors import UserError
 from qflax.numerics import IntegerFormat, MinifloatFormat
 
+pytestmark = pytest.mark.exact
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("qonnx")

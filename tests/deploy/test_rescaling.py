@@ -16,6 +16,8 @@ from qflax.errors import UserError
 from qflax.layers import Dense, Quantize
 from qflax.quantizers import Quantization, Uniform, calibrate
 
+pytestmark = pytest.mark.exact
+
 X = images(50, seed=4)
 INTEGER_ONLY = ("int4", "per channel", "zero points", "mixed", "a2q+")
 

@@ -12,6 +12,8 @@ from qflax.deploy.runner import IntegerRunner
 from qflax.errors import UserError
 from qflax.numerics import IntegerFormat
 
+pytestmark = pytest.mark.exact
+
 X = images(30, seed=3)
 
 

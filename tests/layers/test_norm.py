@@ -8,6 +8,8 @@ import pytest
 
 from qflax.layers import BatchNorm
 
+pytestmark = pytest.mark.exact
+
 X = np.random.default_rng(0).normal(size=(20, 5, 5, 16)).astype(np.float32)
 
 

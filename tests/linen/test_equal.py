@@ -56,7 +56,7 @@ def _positive(shape):
 
 
 @pytest.fixture(scope="module")
-def both(quick_compilation):
+def both():
     """By rules and of qflax's layers, with the same parameters and ranges, and images."""
     by_rules = quantize(
         PlainResNet(20),

@@ -98,21 +98,18 @@ def check(name, loop, axis_name):
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("loop, axis_name", [(under_jit, None), (under_shard_map, AXIS), (under_pmap, AXIS)])
 def test_gradients_do_not_depend_on_how_a_batch_is_divided(name, loop, axis_name):
     check(name, loop, axis_name)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [name for name in SPECS if name != "ema"])
 def test_nor_on_who_decides_where_arrays_lie(name):
     check(name, functools.partial(under_jit, axis_type=AxisType.Explicit), None)
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_what_is_known_of_arrays_is_known_on_every_device(wrap):
     model = quantize(WithConstants(), rules=RULES, **SPECS["int4"])

@@ -32,7 +32,6 @@ from qflax.verify import verify
 
 W4, A8 = Uniform(bits=4, granularity="per_channel"), Uniform(bits=8)
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def ready(model, *inputs, **call):

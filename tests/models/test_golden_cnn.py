@@ -14,6 +14,8 @@ from qflax.models import BasicBlock, build_model
 from qflax.quantizers import QuantizedArray, value_of
 from qflax.training import build
 
+pytestmark = pytest.mark.exact
+
 # Layer of the reference -> ours. Shared activation layers come twice.
 LAYERS = {"conv1": "conv_init", "bn1": "norm_init", "act_stem": "act_init", "linear": "classifier"}
 BLOCK = {

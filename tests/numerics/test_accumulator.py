@@ -7,6 +7,8 @@ import pytest
 
 from qflax.numerics import accumulator_extremes, data_type_width, norm_width, width_of_extremes
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.mark.parametrize(
     "low,high,bits",

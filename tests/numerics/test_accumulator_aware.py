@@ -16,6 +16,8 @@ from qflax.numerics import (
     code_sums,
 )
 
+pytestmark = pytest.mark.exact
+
 SHAPES = [(3, 3, 16, 8), (1, 1, 64, 8), (3, 3, 1, 32), (72, 10), (5, 3), (1, 4), (1500, 4)]
 WEIGHT_BITS = (2, 4, 8, 16)
 TENSORS = 10_000

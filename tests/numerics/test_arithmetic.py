@@ -7,10 +7,13 @@ import pytest
 
 from qflax.numerics import full_precision, on_cpu, product, quotient
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu",
-    reason="accelerators divide float32 to within a few units in the last place",
-)
+pytestmark = [
+    pytest.mark.exact,
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu",
+        reason="accelerators divide float32 to within a few units in the last place",
+    ),
+]
 
 X = np.random.default_rng(0).normal(size=(200, 100)).astype(np.float32)
 

@@ -9,6 +9,8 @@ import pytest
 
 from qflax.numerics import convolve
 
+pytestmark = pytest.mark.exact
+
 CASES = [
     dict(),
     dict(stride=2),

@@ -7,6 +7,8 @@ import pytest
 
 from qflax.numerics import floor_at, power_of_two, scale_gradient
 
+pytestmark = pytest.mark.exact
+
 X = np.random.default_rng(0).normal(size=200).astype(np.float32)
 
 

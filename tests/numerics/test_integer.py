@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from qflax.errors import UserError
 from qflax.numerics import CLIP_GRADIENTS, ROUNDING_MODES, SURROGATES, Estimator, IntegerFormat
 
+pytestmark = pytest.mark.exact
+
 DETERMINISTIC = [mode for mode in ROUNDING_MODES if mode != "stochastic"]
 CHANNELS = 8
 ROWS = 64

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from qflax.errors import UserError
 from qflax.numerics import MinifloatEstimator, MinifloatFormat
 
+pytestmark = pytest.mark.exact
+
 
 def fmt(e, m, specials="none", **fields):
     return MinifloatFormat(exponent_bits=e, mantissa_bits=m, specials=specials, **fields)

@@ -7,6 +7,8 @@ import pytest
 
 from qflax.numerics import PRIMITIVE, Operation
 
+pytestmark = pytest.mark.exact
+
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from qflax.numerics import project_onto_l1_ball
 
+pytestmark = pytest.mark.exact
+
 
 def by_bisection(x, radius):
     """Soft thresholding in float64 by the threshold that bisection finds."""

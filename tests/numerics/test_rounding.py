@@ -7,6 +7,8 @@ import pytest
 
 from qflax.numerics import ROUNDING_MODES, round_to_integer
 
+pytestmark = pytest.mark.exact
+
 X = np.array([2.5, -2.5, 1.2, -1.2, 3.5, 0.5, -0.5, 7.0, 0.49999997, 8388607.5], np.float32)
 
 

@@ -7,6 +7,8 @@ import pytest
 from qflax.errors import UserError
 from qflax.numerics import SURROGATES, Estimator
 
+pytestmark = pytest.mark.exact
+
 RNG = np.random.default_rng(0)
 G = RNG.normal(size=400).astype(np.float32)
 OFFSET = np.concatenate([RNG.uniform(-0.5, 0.5, 397), [-0.5, 0.0, 0.5]]).astype(np.float32)

@@ -69,7 +69,6 @@ def summed(function, operands):
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_are_those_of_a_sum_over_devices(name):
     function, operands = FUNCTIONS[name]
@@ -100,7 +99,6 @@ def test_gradients_are_those_of_a_sum_over_devices(name):
             np.testing.assert_allclose(own, its, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("fmt", [INT4, E4M3])
 def test_a_key_for_each_device_rounds_one_array_in_different_ways(fmt):
     estimator = (Estimator if fmt is INT4 else MinifloatEstimator)(

@@ -18,7 +18,6 @@ from qflax.quantizers import (
     widths_frozen,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = Settings(reconstruction=Reconstruction(iterations=60, batch_size=16, learning_rate=0.05))
 INT3 = Quantization(
     weights=Uniform(bits=3, granularity="per_channel", statistic="mse"),

@@ -22,7 +22,6 @@ from qflax.quantizers import (
     freeze_widths,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 WEIGHTS = Uniform(bits=3, granularity="per_channel", statistic="mse")
 POLICY = Quantization(weights=WEIGHTS, activations=Uniform(bits=4, statistic="mse"))
 QUICK = Reconstruction(iterations=100, batch_size=16, learning_rate=0.05)

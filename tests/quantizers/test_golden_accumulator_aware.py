@@ -18,6 +18,8 @@ from qflax.quantizers import (
     quantizer_of,
 )
 
+pytestmark = pytest.mark.exact
+
 FILES = ("a2q_small", "a2q_conv3x3x64x64")
 
 

@@ -9,6 +9,8 @@ import pytest
 from qflax.layers import Activation
 from qflax.quantizers import Quantization, Uniform
 
+pytestmark = pytest.mark.exact
+
 CASES = [
     *(f"u{bits}" for bits in range(2, 9)),
     *(f"s{bits}" for bits in range(2, 9)),

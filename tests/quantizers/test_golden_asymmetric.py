@@ -9,6 +9,8 @@ from qflax.numerics import IntegerFormat
 from qflax.quantizers import Uniform, quantizer_of
 from qflax.quantizers.statistics import asymmetric_range
 
+pytestmark = pytest.mark.exact
+
 
 def quantizer(case, **fields):
     return quantizer_of(Uniform(bits=int(case["bits"]), symmetric=False, **fields), weights=False)

@@ -8,6 +8,8 @@ import pytest
 from qflax.quantizers import Uniform, quantizer_of
 from qflax.quantizers.statistics import symmetric_range
 
+pytestmark = pytest.mark.exact
+
 WEIGHTS = ["w2", "w3", "w4", "w8"]
 ACTIVATIONS = ["a2", "a4", "a8"]
 

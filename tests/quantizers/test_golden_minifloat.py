@@ -8,6 +8,8 @@ import pytest
 from qflax.numerics import MinifloatEstimator, MinifloatFormat
 from qflax.quantizers import Minifloat, quantizer_of
 
+pytestmark = pytest.mark.exact
+
 SPECIALS = {"e5m2": "ieee", "e4m3": "nan", "e5m10_ieee": "ieee"}
 FORMATS = [
     "e5m2",

@@ -7,6 +7,8 @@ import pytest
 
 from qflax.numerics import bit_width, quantize_to_range
 
+pytestmark = pytest.mark.exact
+
 
 def names(golden):
     arrays = golden("mixed_precision")._arrays

@@ -7,6 +7,8 @@ import pytest
 
 from qflax.quantizers import Uniform, quantizer_of
 
+pytestmark = pytest.mark.exact
+
 BITS = {"conv": (2, 3, 4, 5, 6, 8), "dense": (4, 8)}
 CASES = [
     f"{layer}.w{bits}_{granularity}_{span}"

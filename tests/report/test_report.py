@@ -21,7 +21,6 @@ from qflax.report.runs import groups_of, read_runs
 from qflax.training import train
 
 RUNS = ("fp32-seed0", "mixed-seed0", "mixed-seed1", "going--on-")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tiny(seed, **fields):

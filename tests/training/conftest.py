@@ -12,8 +12,8 @@ from qflax.training.state import initial_variables
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    """Most programs here train for a few steps; sensitivities are those of a few images."""
+def _few_images():
+    """Sensitivities are those of a few images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocation, "_EXAMPLES", 64)
         yield

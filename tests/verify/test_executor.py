@@ -15,6 +15,8 @@ from qflax.numerics import IntegerFormat, MinifloatFormat
 from qflax.verify import formats
 from qflax.verify.executor import evaluate
 
+pytestmark = pytest.mark.exact
+
 CONVOLUTIONS = [
     dict(strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1), groups=1),
     dict(strides=(2, 2), padding=((0, 1), (0, 1)), dilation=(1, 1), groups=1),
