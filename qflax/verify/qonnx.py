@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import typing
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -44,12 +45,14 @@ def execute(path: pathlib.Path, x: np.ndarray) -> np.ndarray:
     """
     model = open_model(path)
     value = _input(model.graph)
-    serve = (_onnxruntime if _dialect(model) == "ONNX" else _qonnx)(model, value.name)
     x = (x.transpose(0, 3, 1, 2) if x.ndim == 4 else x).astype(_type(value))
     batch, *_ = _declared(value)
     missing = -len(x) % batch
     padded = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
-    outputs = [serve(padded[i : i + batch]) for i in range(0, len(x), batch)]
+    with warnings.catch_warnings():  # Of packages, such as of `np.fix` in qonnx: not of the file.
+        warnings.simplefilter("ignore")
+        serve = (_onnxruntime if _dialect(model) == "ONNX" else _qonnx)(model, value.name)
+        outputs = [serve(padded[i : i + batch]) for i in range(0, len(x), batch)]
     return np.concatenate(outputs)[: len(x)]
 
 
