@@ -7,7 +7,7 @@ from qflax.numerics.accumulator_aware import (
     code_sums,
     within_accumulator,
 )
-from qflax.numerics.arithmetic import full_precision, on_cpu, product, quotient
+from qflax.numerics.arithmetic import full_precision, on_cpu, product, quotient, total
 from qflax.numerics.convolution import convolve
 from qflax.numerics.gradients import floor_at, power_of_two, scale_gradient, straight_through, sum_to_shape
 from qflax.numerics.integer import CLIP_GRADIENTS, Estimator, IntegerFormat
@@ -61,6 +61,7 @@ __all__ = [
     "scale_gradient",
     "straight_through",
     "sum_to_shape",
+    "total",
     "vary_alike",
     "width_of_extremes",
     "within_accumulator",

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qflax.numerics.arithmetic import quotient
+from qflax.numerics.arithmetic import quotient, total
 from qflax.numerics.gradients import straight_through
 from qflax.numerics.integer import Estimator, IntegerFormat
 from qflax.numerics.operation import Operation
@@ -86,14 +86,13 @@ def accumulator_aware_codes(
     Returns:
       Integer-valued float32 of the shape of `v`.
     """
-    axes = tuple(range(v.ndim - 1))
-    centred = v - jnp.mean(v, axes) if budget.zero_centered else v
+    centred = v - quotient(total(v), v.size // v.shape[-1]) if budget.zero_centered else v
     ratio, allowed = quotient(norm, scale), budget.norm
-    l1 = jnp.sum(jnp.abs(centred), axes)
+    l1 = total(jnp.abs(centred))
     step = quotient(l1, jnp.where(ratio < allowed, ratio, allowed))
     extended = step >= _SMALLEST_STEP
     if budget.zero_centered:  # What rounding of the mean leaves of equal weights is no extent.
-        extended &= l1 > _ROUNDING * jnp.sum(jnp.abs(v), axes)
+        extended &= l1 > _ROUNDING * total(jnp.abs(v))
     none = straight_through(jnp.zeros_like(centred), quotient(centred, jax.lax.stop_gradient(scale)))
     u = jnp.where(extended, quotient(centred, jnp.where(extended, step, 1.0)), none)
     u *= jax.lax.stop_gradient(_correction(u, budget, fmt))
@@ -120,16 +119,15 @@ def code_sums(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _correction(u: jax.Array, budget: AccumulatorBudget, fmt: IntegerFormat) -> jax.Array:
     """1 for channels whose codes keep the limit, else a factor for `u` with which they do."""
     positive, negative = code_sums(fmt.encode(u, 1.0, rounding="toward_zero"))
-    axes = tuple(range(u.ndim - 1))
-    masses = jnp.sum(jnp.maximum(u, 0.0), axes), jnp.sum(jnp.maximum(-u, 0.0), axes)
+    masses = total(jnp.maximum(u, 0.0)), total(jnp.maximum(-u, 0.0))
     if budget.zero_centered:
-        total, mass = jnp.maximum(positive, negative), jnp.maximum(*masses)
+        needed, mass = jnp.maximum(positive, negative), jnp.maximum(*masses)
     else:
-        total, mass = positive + negative, sum(masses)
+        needed, mass = positive + negative, sum(masses)
     # A float32 sum of n terms of one sign is off by at most n 2^-24 of itself, in any order.
     rounding_errors = (u.size // u.shape[-1] + 16) * 2.0**-23
     largest = budget.limit.astype(jnp.float32) * (1 - rounding_errors)
-    violated = total > budget.limit
+    violated = needed > budget.limit
     return jnp.where(violated, quotient(largest, jnp.where(violated, mass, 1.0)), 1.0)
 
 

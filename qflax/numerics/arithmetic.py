@@ -1,9 +1,9 @@
-"""Products and quotients that are the same bits in every program.
+"""Products, quotients and sums that are the same bits in every program.
 
 Compilers rewrite float arithmetic: a product is fused with the sum that follows, a division by a constant
-becomes a product, factors are multiplied with each other first. The last bit then depends on what else was
-compiled, and a code close to a rounding boundary on the last bit. Exports could not agree with the network
-that was trained.
+becomes a product, factors are multiplied with each other first, a reduction adds in any order. The last bit
+then depends on what else was compiled, and a code close to a rounding boundary on the last bit. Exports could
+not agree with the network that was trained.
 """
 
 import contextlib
@@ -78,3 +78,23 @@ def _product_jvp(primals, tangents):
     xy = _product(x, y)
     terms = [d * other for d, other in ((dx, y), (dy, x)) if not isinstance(d, SymbolicZero)]
     return xy, jnp.broadcast_to(sum(terms[1:], terms[0]), xy.shape) if terms else jnp.zeros_like(xy)
+
+
+@jax.custom_jvp
+def total(x: jax.Array) -> jax.Array:
+    """The sum over all axes but the last: of float32 [..., channels] float32 [channels].
+
+    Pairwise summation (Higham 1993, "The Accuracy of Floating Point Summation"), written out as sums of two
+    halves: unlike a reduction's, their order is the program's.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    while (n := len(x)) > 1:
+        half = (n + 1) // 2
+        x = x[:half] + jnp.pad(x[half:], ((0, 2 * half - n), (0, 0)))
+    return x[0]
+
+
+@total.defjvp
+def _total_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return total(x), jnp.sum(dx, tuple(range(dx.ndim - 1)))

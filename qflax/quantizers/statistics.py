@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qflax.numerics import IntegerFormat, MinifloatFormat, product, quotient, vary_alike
+from qflax.numerics import IntegerFormat, MinifloatFormat, product, quotient, total, vary_alike
 
 STATISTICS_KINDS = ("absmax", "percentile", "mse", "kl", "mean")
 
@@ -95,7 +95,7 @@ def symmetric_range(
     elif kind == "percentile":
         ranges = jax.lax.stop_gradient(_percentile(rows, percentile))
     elif kind == "mean":
-        ranges = jax.lax.stop_gradient(range_of_mean(_mean(rows), fmt))
+        ranges = jax.lax.stop_gradient(range_of_mean(quotient(total(rows.T), rows.shape[1]), fmt))
     else:
         rows = jax.lax.stop_gradient(rows)
         largest = jnp.max(rows, axis=1)
@@ -135,15 +135,6 @@ def magnitudes(x: jax.Array, fmt: IntegerFormat, per_channel: bool) -> jax.Array
     x = x.astype(jnp.float32)
     magnitude = jnp.abs(x) if fmt.signed else jnp.maximum(x, 0.0)
     return magnitude.reshape(-1, magnitude.shape[-1]).T if per_channel else magnitude.reshape(1, -1)
-
-
-def _mean(rows: jax.Array) -> jax.Array:
-    """Means [rows] of [rows, elements], the same bits in every program: added by halves, in this order."""
-    count, total = rows.shape[1], rows
-    while (n := total.shape[1]) > 1:
-        half = (n + 1) // 2
-        total = total[:, :half] + jnp.pad(total[:, half:], ((0, 0), (0, 2 * half - n)))
-    return quotient(total[:, 0], count)
 
 
 def one_sided_rank(percentile: float, n: int) -> int:
@@ -207,8 +198,8 @@ def _of_candidates(error: Callable[[jax.Array, jax.Array], jax.Array], rows: jax
     width = min(max(_BLOCK // count, 1), size)
     parts = jnp.pad(rows, ((0, 0), (0, -size % width))).reshape(count, -1, width).swapaxes(0, 1)
 
-    def add(total, part):
-        return total + jax.lax.map(functools.partial(error, part), fractions()), None
+    def add(sums, part):
+        return sums + jax.lax.map(functools.partial(error, part), fractions()), None
 
     nothing, _ = vary_alike(jnp.zeros((_CANDIDATES, count)), rows)
     return jax.lax.scan(add, nothing, parts)[0]

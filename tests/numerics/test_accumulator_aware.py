@@ -111,6 +111,24 @@ def test_the_property_covers_ten_thousand_tensors():
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
+def test_codes_are_the_same_in_every_program(zero_centered):
+    # Of multiples of the step the last bit of the channel's norm decides which code they are truncated to.
+    rng = np.random.default_rng(0)
+    scale = np.float32(rng.uniform(0.05, 0.2, 64))
+    v = np.float32(rng.integers(-7, 8, (3, 3, 64, 64))) * scale
+    v = np.concatenate([v, -v])  # The mean is zero.
+    rest = scale, np.float32(np.abs(v).astype(np.float64).sum((0, 1, 2))), np.int32(32), np.int32(1)
+    codes = codes_of(4, False, zero_centered)
+    eager = np.asarray(codes(jnp.asarray(v), *map(jnp.asarray, rest)))
+    np.testing.assert_array_equal(jax.jit(codes)(v, *rest), eager)
+    # A compiler changes the order of a reduction with the layout of what is reduced.
+    columns = np.ascontiguousarray(v.transpose(3, 0, 1, 2))
+    turned = jax.jit(lambda columns, *rest: codes(columns.transpose(1, 2, 3, 0), *rest))
+    np.testing.assert_array_equal(turned(columns, *rest), eager)
+    assert 0.1 < np.mean(eager != np.round(v / scale)) < 0.9  # Both happen.
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
 @pytest.mark.parametrize(
     "bits,accumulator_bits,input_bits", [(4, 12, 4), (8, 16, 8), (8, 18, 4), (16, 28, 8)]
 )

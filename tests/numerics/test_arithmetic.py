@@ -1,11 +1,11 @@
-"""Quotients and products are correctly rounded in every program."""
+"""Quotients, products and sums are the same bits in every program."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qflax.numerics import full_precision, on_cpu, product, quotient
+from qflax.numerics import full_precision, on_cpu, product, quotient, total
 
 pytestmark = [
     pytest.mark.exact,
@@ -70,3 +70,29 @@ def test_products_of_arrays_are_in_full_precision_whatever_the_setting():
             for function in (double, full_precision()(double), on_cpu()(double))
         ]
     assert ["HIGHEST" in text for text in texts] == [False, True, True]
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 3, 50, 40), (4097, 3), (20_000,)])
+def test_a_total_is_added_in_the_same_order_in_every_program(shape):
+    x = np.random.default_rng(3).normal(size=(*shape, 1)[: max(len(shape), 2)]).astype(np.float32)
+    rows = x.reshape(-1, x.shape[-1])
+    while len(rows) > 1:
+        rows = np.concatenate([rows, np.zeros((len(rows) % 2, rows.shape[1]), np.float32)])
+        rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
+    programs = [
+        total,
+        jax.jit(total),
+        jax.jit(lambda x: total(jnp.abs(x) * jnp.sign(x))),
+        jax.jit(lambda x: jax.vmap(total)(jnp.stack([x, x]))[1]),
+        jax.jit(lambda x: jax.value_and_grad(lambda x: (total(x)[0], total(x)), has_aux=True)(x)[0][1]),
+    ]
+    for program in programs:
+        np.testing.assert_array_equal(program(jnp.asarray(x)), rows[0])
+    exact = x.astype(np.float64).reshape(-1, x.shape[-1]).sum(0)
+    np.testing.assert_allclose(rows[0], exact, atol=1e-6 * np.abs(x).sum() / x.shape[-1])
+
+
+def test_the_gradient_of_a_total_is_one():
+    weights = jnp.arange(100.0)
+    gradient = jax.grad(lambda x: jnp.dot(total(x), weights))(jnp.asarray(X))
+    np.testing.assert_array_equal(gradient, np.broadcast_to(weights, X.shape))
