@@ -70,7 +70,7 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
     )
     assert trained.returncode == 0, trained.stderr
     assert "stage1_block1/conv1" in trained.stdout and "test accuracy" in trained.stdout
-    evaluated = call_alone("-m", "qflax", "evaluate", str(workdir))
+    evaluated = call(main, "evaluate", str(workdir))
     assert evaluated.returncode == 0, evaluated.stderr
     accuracy = trained.stdout.split("test accuracy ")[1].split(" ")[0]
     assert f"test accuracy {accuracy} " in evaluated.stdout
@@ -80,7 +80,7 @@ def test_training_and_evaluation_agree_and_take_changes_on_the_command_line(tmp_
     exported = call(main, "export", str(workdir), f"--output={file}")
     assert exported.returncode == 0, exported.stderr
     assert "logits equal to the trained network's" in exported.stdout
-    verified = call(main, "verify", str(file), "--data=digits")
+    verified = call_alone("-m", "qflax", "verify", str(file), "--data=digits")
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert accuracy in verified.stdout
     again = call(main, "export", str(workdir), f"--output={file}")

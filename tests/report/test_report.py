@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import importlib
 import json
+import shutil
 import sys
 
 import matplotlib.image
@@ -36,14 +37,18 @@ def tiny(seed, **fields):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """A float run, two seeds of learned widths that start from it, and one that has not ended."""
+    """A float run, learned widths that start from it, as if of two seeds, and one that has not ended."""
     folder = tmp_path_factory.mktemp("runs")
     config = tiny(0, weights=None, activations=None, rules=())
     config.size_targets.weight_kib = config.size_targets.activation_kib_sum = 0.0
     train(config, folder / "fp32-seed0")
-    for seed in (0, 1):
-        config = tiny(seed, init_from=str(folder / "fp32-seed0"))
-        train(config, folder / f"mixed-seed{seed}")
+    config = tiny(0, init_from=str(folder / "fp32-seed0"))
+    train(config, folder / "mixed-seed0")
+    shutil.copytree(folder / "mixed-seed0", folder / "mixed-seed1")
+    for name, field, change in (("config.json", "seed", 1), ("result.json", "test_accuracy", 0.05)):
+        file = folder / "mixed-seed1" / name
+        fields = json.loads(file.read_text())
+        file.write_text(json.dumps({**fields, field: fields[field] + change}))
     unfinished = folder / "going <on>"
     unfinished.mkdir()
     for name in ("metrics.jsonl", "environment.json"):
@@ -128,7 +133,7 @@ def test_what_is_left_out_is_told(report):
 
 
 def test_weights_are_those_of_the_network(workdirs):
-    run = next(run for run in read_runs(workdirs) if run.name == "mixed-seed1")
+    run = next(run for run in read_runs(workdirs) if run.name == "mixed-seed0")
     network = inspect(run)
     costs = {cost.path: cost for cost in network.costs if cost.macs}
     assert [layer.path for layer in network.kernels] == list(costs)

@@ -25,8 +25,8 @@ def dataset():
     return Dataset(images=images, labels=labels, num_classes=10, name="noise")
 
 
-def run(config, dataset, num_devices, chunks, unroll=True):
-    """The state after one dispatch for each number of steps in `chunks`."""
+def dispatches(config, dataset, num_devices, chunks, unroll=True):
+    """State and losses after each dispatch, of as many steps as `chunks` has numbers."""
     devices = Devices(num_devices)
     network = build.model(config)
     variables = initial_variables(network, (32, 32, 3), 1)
@@ -34,7 +34,7 @@ def run(config, dataset, num_devices, chunks, unroll=True):
     variables = calibrate(network, variables, [batch], train=True)
     state = devices.replicate(build.state(config, variables))
     step = build.train_step(config, devices)
-    stream, at, losses = stream_of(dataset, 3, config.batch_size, devices), 0, []
+    stream, at = stream_of(dataset, 3, config.batch_size, devices), 0
 
     @functools.cache
     def dispatch(count):
@@ -46,8 +46,13 @@ def run(config, dataset, num_devices, chunks, unroll=True):
         _, data = next(stream.dispatches(at, at + 1, 1))
         state, metrics = dispatch(count)(state, data, rates, *numbers)
         at += count
-        losses.append(np.asarray(metrics["loss"]))
-    return jax.device_get(state), np.concatenate(losses)
+        yield jax.device_get(state), np.asarray(metrics["loss"])
+
+
+def run(*args):
+    """The state after the last dispatch, and the losses of all."""
+    states, losses = zip(*dispatches(*args), strict=True)
+    return states[-1], np.concatenate(losses)
 
 
 def assert_close(a, b, rtol):
@@ -130,7 +135,7 @@ def test_damping_keeps_weights_near_their_grids(tiny_config, dataset):
 def test_oscillating_weights_freeze(tiny_config, dataset):
     tiny_config.weights.bits, tiny_config.learning_rate, tiny_config.momentum = 3, 1.0, 0.0
     tiny_config.oscillation_freezing = (0.015, 0.015)
-    before, after = (run(tiny_config, dataset, 1, [1] * steps)[0] for steps in (7, 8))
+    *_, (before, _), (after, _) = dispatches(tiny_config, dataset, 1, [1] * 8)
     shares = [frozen_share(state.observed["quantizer_stats"]) for state in (before, after)]
     assert 0 < shares[0] <= shares[1] < 1
     kernels = flatten_dict(after.trained["params"])
