@@ -4,7 +4,7 @@ Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias 
 and appendix D.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from qflax.errors import require
 from qflax.layers import AveragePool, Conv, Dense
 from qflax.ptq.taps import apply_with_hooks, run
 from qflax.ptq.variables import changed, leaf, norm_of
+from qflax.ptq.walk import Walk
 from qflax.ptq.wiring import Chain, Wiring
 from qflax.quantizers import value_of
 
@@ -36,16 +37,17 @@ def correct_biases(
       variables: its variables.
       reference: the float network, of the same layers.
       reference_variables: its variables.
-      batches: model inputs [batch, ...]; at least one; passed over once for each layer, and once more.
+      batches: model inputs [batch, ...]; at least one; passed over several times. Of all of them what one
+        block of the network gets is held in memory, up to 4 GiB; beyond, more is computed again.
     """
     example = next(iter(batches))[:1]
     chains = _correctable(Wiring(reference, reference_variables, example).chains, variables)
     paths = [chain.layer for chain in chains]
-    goal = _mean_outputs(reference, paths)(reference_variables, batches)
-    means_of = _mean_outputs(model, paths)
+    goal = _mean_outputs(reference, reference_variables, paths, ((x, {}) for x in batches))
+    walk = Walk(model, variables, batches, paths)
     for chain in chains:
-        shift = means_of(variables, batches)[chain.layer] - goal[chain.layer]
-        variables = _without_shift(variables, chain, shift)
+        means = _mean_outputs(model, variables, [chain.layer], walk.to(chain.layer, variables))
+        variables = _without_shift(variables, chain, means[chain.layer] - goal[chain.layer])
     return dict(variables)
 
 
@@ -105,19 +107,18 @@ def _without_shift(variables: Mapping, chain: Chain, shift: jax.Array) -> dict:
     return changed(variables, "batch_stats", chain.norm, mean=lambda mean: mean + shift)
 
 
-def _mean_outputs(model: nn.Module, paths: Sequence[str]) -> Callable:
-    """Function (variables, batches) -> mean outputs [features] by path."""
+def _mean_outputs(
+    model: nn.Module, variables: Mapping, paths: Sequence[str], places: Iterable[tuple[jax.Array, Mapping]]
+) -> dict[str, jax.Array]:
+    """Mean outputs [features] by path, from pairs of what `run` gets."""
 
     @jax.jit
-    def of_batch(variables, batch):
-        outputs = run(model, variables, batch, outputs=paths)[1]
+    def of_batch(variables, batch, given):
+        outputs = run(model, variables, batch, given=given, outputs=paths)[1]
         return {path: jnp.mean(y, tuple(range(y.ndim - 1))) for path, y in outputs.items()}
 
-    def of_batches(variables, batches):
-        results = [of_batch(variables, batch) for batch in batches]
-        return jax.tree.map(lambda *means: sum(means) / len(means), *results)
-
-    return of_batches
+    results = [of_batch(variables, batch, given) for batch, given in places]
+    return jax.tree.map(lambda *means: sum(means) / len(means), *results)
 
 
 def _keeps_mean(chain: Chain, wiring: Wiring) -> bool:

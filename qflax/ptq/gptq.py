@@ -15,8 +15,9 @@ import numpy as np
 from qflax.errors import UserError, require
 from qflax.layers import Conv, Dense
 from qflax.numerics import IntegerFormat, LearnedInteger, MinifloatFormat
-from qflax.ptq.taps import apply_with_hooks, record_calls
+from qflax.ptq.taps import record_calls, run
 from qflax.ptq.variables import changed, leaf
+from qflax.ptq.walk import Walk
 from qflax.quantizers import (
     FLOAT,
     PARAMETERS,
@@ -51,7 +52,8 @@ def gptq(
     Args:
       model: a network built of qflax layers, called with `train=False`.
       variables: its variables, calibrated.
-      batches: model inputs [batch, ...]; at least one; passed over several times.
+      batches: model inputs [batch, ...]; at least one; passed over several times. Of all of them what one
+        block of the network gets is held in memory, up to 4 GiB; beyond, more is computed again.
       damping: added to the diagonal of each layer's Hessian, as a fraction of its mean; not negative.
       progress: told of the quantized layers that are left alone.
 
@@ -68,12 +70,13 @@ def gptq(
     targets, others = _targets(model, variables, example[:1])
     if others:
         progress(f"gptq leaves alone {', '.join(others)}")
+    walk = Walk(model, variables, batches, list(targets))
     for path, (layer, quantizer) in targets.items():
         quantize = _quantize_function(quantizer, variables, f"{path}/weights")
         kernel = leaf(variables["params"], path)["kernel"]
         grid = quantize(kernel)
         settled = _settled(quantizer, kernel, grid)
-        hessian = _hessian(model, variables, batches, path, layer)
+        hessian = _hessian(model, variables, walk.to(path, variables), path, layer)
         rounded = _rounded(kernel, settled, grid, hessian, damping, path)
         rounded = _restored(quantizer, quantize, rounded, path)
         variables = changed(variables, "params", path, kernel=lambda _, rounded=rounded: rounded)
@@ -129,16 +132,27 @@ def _settled(quantizer: Quantizer, kernel: jax.Array, grid: QuantizedArray) -> j
 
 
 def _hessian(
-    model: nn.Module, variables: Mapping, batches: Sequence[jax.Array], path: str, layer: Layer
+    model: nn.Module,
+    variables: Mapping,
+    places: Iterable[tuple[jax.Array, Mapping]],
+    path: str,
+    layer: Layer,
 ) -> np.ndarray:
     """Sum of x x^T over all inputs x that the kernel is multiplied by.
+
+    Args:
+      model: the network.
+      variables: its variables.
+      places: pairs of what `run` gets.
+      path: of the layer.
+      layer: itself.
 
     Returns:
       float64 [groups, inputs, inputs], inputs ordered as those of `_as_matrices`.
     """
 
     @jax.jit
-    def of_batch(variables, batch):
+    def of_batch(variables, batch, given):
         products = []
 
         def hook(call, inputs):
@@ -149,10 +163,10 @@ def _hessian(
             return result
 
         where = f"{path}/input" if layer.quantize_input else path
-        apply_with_hooks(model, variables, batch, {where: hook}, train=False)
+        run(model, variables, batch, given=given, hooks={where: hook})
         return sum(products)
 
-    return np.asarray(sum(of_batch(variables, batch) for batch in batches), np.float64)
+    return np.asarray(sum(of_batch(variables, *place) for place in places), np.float64)
 
 
 def _patches(layer: Layer, x: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ def block_parts(model: nn.Module, reference: nn.Module, variables: Mapping, exam
     quantizers = [path for path in dict.fromkeys(quantizers) if not path.endswith("/weights")]
     chains = {chain.layer: chain for chain in wiring.chains}
     parts = []
-    for start in _blocks(list(wiring.modules), learnable):
+    for start in blocks(list(wiring.modules), learnable):
         inside = tuple(path for path in learnable if f"{path}/".startswith(f"{start}/"))
         behind = chains[start].behind if start in chains else ()
         own = [path for path in quantizers if path.startswith(f"{start}/")]
@@ -63,8 +63,13 @@ def block_parts(model: nn.Module, reference: nn.Module, variables: Mapping, exam
     return parts
 
 
-def _blocks(paths: Sequence[str], kernels: Sequence[str]) -> list[str]:
-    """The outermost modules with kernels, below a module that holds all of them."""
+def blocks(paths: Sequence[str], kernels: Sequence[str]) -> list[str]:
+    """The outermost modules with kernels, below a module that holds all of them.
+
+    Args:
+      paths: of all modules.
+      kernels: paths of layers.
+    """
     prefix = ""
     while True:
         depth = prefix.count("/") + 1

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class CalibrationBatches:
-    """Normalised training images, the first of the first epoch, in whole batches, as often as asked for."""
+    """Normalised training images, the first of the first epoch, in whole batches, as often as asked for.
+
+    They are read once, and then held as bytes.
+    """
 
     def __init__(self, config: ml_collections.ConfigDict, dataset: "Dataset | StreamedDataset"):
         """Takes the first `config.calibration_examples` images."""
@@ -23,14 +26,18 @@ class CalibrationBatches:
         size = min(config.calibration_batch_size, count)
         self._config, self._dataset = config, dataset
         self._fields = {"seed": config.seed, "batch_size": size, "num_batches": count // size}
+        self._images = None
 
     def __len__(self) -> int:
         return self._fields["num_batches"]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields float32 [batch, height, width, channels]."""
-        for batch in self._dataset.calibration_batches(**self._fields):
-            yield np.asarray(normalize(batch.images, self._config.mean, self._config.std))
+        if self._images is None:
+            batches = self._dataset.calibration_batches(**self._fields)
+            self._images = [batch.images for batch in batches]
+        for images in self._images:
+            yield np.asarray(normalize(images, self._config.mean, self._config.std))
 
     def others(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(images, labels) of the next `count` training images in whole batches, or fewer.
