@@ -81,6 +81,7 @@ def _product_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+@jax.jit  # Traced once for all arrays of a shape: a kernel's sum has up to a dozen levels.
 def total(x: jax.Array) -> jax.Array:
     """The sum over all axes but the last: of float32 [..., channels] float32 [channels].
 

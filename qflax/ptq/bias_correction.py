@@ -4,7 +4,8 @@ Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias 
 and appendix D.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -26,11 +27,14 @@ def correct_biases(
     reference: nn.Module,
     reference_variables: Mapping,
     batches: Iterable[jax.Array],
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Changes biases so that each layer's mean outputs are those of the float network, channel by channel.
 
     From data, layer after layer, each behind corrected ones (appendix D). Where a layer has no bias but a
-    batch norm, that one's running mean is changed; where it has neither, it is left as it is.
+    batch norm, that one's running mean is changed; where it has neither, it is left as it is. So are layers
+    that are called several times, within a lifted transformation (`nn.remat`, `nn.scan`), or that are
+    neither `Conv` nor `Dense`.
 
     Args:
       model: the quantized network, called with `train=False`.
@@ -39,14 +43,23 @@ def correct_biases(
       reference_variables: its variables.
       batches: model inputs [batch, ...]; at least one; passed over several times. Of all of them what one
         block of the network gets is held in memory, up to 4 GiB; beyond, more is computed again.
+      progress: told of the quantized layers that are left alone.
     """
     example = next(iter(batches))[:1]
     chains = _correctable(Wiring(reference, reference_variables, example).chains, variables)
     paths = [chain.layer for chain in chains]
-    goal = _mean_outputs(reference, reference_variables, paths, ((x, {}) for x in batches))
     walk = Walk(model, variables, batches, paths)
+    layers = [path.removesuffix("/weights") for path in walk.modules if path.endswith("/weights")]
+    others = [path for path in layers if path not in paths]
+    if others:
+        progress(f"bias correction leaves alone {', '.join(others)}")
+    if not paths:
+        return dict(variables)
+    goal = _mean(_mean_outputs(reference, paths), reference_variables, ((x, {}) for x in batches))
+    means_of = functools.cache(functools.partial(_mean_outputs, model))
     for chain in chains:
-        means = _mean_outputs(model, variables, [chain.layer], walk.to(chain.layer, variables))
+        function = means_of(walk.block_of(chain.layer))
+        means = _mean(function, variables, walk.to(chain.layer, variables))
         variables = _without_shift(variables, chain, means[chain.layer] - goal[chain.layer])
     return dict(variables)
 
@@ -107,26 +120,33 @@ def _without_shift(variables: Mapping, chain: Chain, shift: jax.Array) -> dict:
     return changed(variables, "batch_stats", chain.norm, mean=lambda mean: mean + shift)
 
 
-def _mean_outputs(
-    model: nn.Module, variables: Mapping, paths: Sequence[str], places: Iterable[tuple[jax.Array, Mapping]]
-) -> dict[str, jax.Array]:
-    """Mean outputs [features] by path, from pairs of what `run` gets."""
+def _mean_outputs(model: nn.Module, paths: Sequence[str]) -> Callable:
+    """Function (variables, batch, given) -> mean outputs [features] by path, see `run`."""
 
     @jax.jit
     def of_batch(variables, batch, given):
         outputs = run(model, variables, batch, given=given, outputs=paths)[1]
-        return {path: jnp.mean(y, tuple(range(y.ndim - 1))) for path, y in outputs.items()}
+        return {path: jnp.mean(jnp.float32(y), tuple(range(y.ndim - 1))) for path, y in outputs.items()}
 
-    results = [of_batch(variables, batch, given) for batch, given in places]
+    return of_batch
+
+
+def _mean(function: Callable, variables: Mapping, places: Iterable[tuple[jax.Array, Mapping]]) -> dict:
+    """Mean over batches of what it returns."""
+    results = [function(variables, batch, given) for batch, given in places]
     return jax.tree.map(lambda *means: sum(means) / len(means), *results)
 
 
 def _keeps_mean(chain: Chain, wiring: Wiring) -> bool:
-    """Whether the mean that the next layer gets follows from the norm."""
+    """Whether the mean that the next layer gets follows from the norm, by way of ReLU and averages alone."""
     activation = chain.activation
+    first = [path for path in (chain.norm, activation) if path is not None]
     known = activation is None or wiring.modules[activation].function is nn.relu
-    return known and (
-        chain.last in (chain.norm, activation) or isinstance(wiring.modules[chain.last], AveragePool)
+    pools = chain.behind[len(first) :]
+    return (
+        known
+        and list(chain.behind[: len(first)]) == first
+        and all(isinstance(wiring.modules[path], AveragePool) for path in pools)
     )
 
 

@@ -40,9 +40,11 @@ def reestimate_norms(
         return dict(variables)
     own = _mean_statistics(model, variables, batches)
     goal = _mean_statistics(reference, reference_variables, batches)
-    moved, running = {}, flatten_dict(variables[_STATISTICS])
-    for path in (path for path in running if path[-1] == "var"):
-        mean = (*path[:-1], "mean")
+    running = flatten_dict(variables[_STATISTICS])
+    moved = dict(running)  # With what is not a norm's, as it is.
+    for path, mean in ((path, (*path[:-1], "mean")) for path in running if path[-1] == "var"):
+        if mean not in running:
+            continue
         known = (goal[path] > _SMALLEST) & (own[path] > _COLLAPSED * goal[path])
         ratio = jnp.where(known, own[path] / jnp.maximum(goal[path], _SMALLEST), 1.0)
         moved[path] = running[path] * ratio

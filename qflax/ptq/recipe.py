@@ -80,8 +80,9 @@ def _norm_reestimation(n: Networks, batches, settings, progress) -> Networks:
 
 
 def _bias_correction(n: Networks, batches, settings, progress) -> Networks:
-    del settings, progress
-    return n.with_variables(correct_biases(n.model, n.variables, n.reference, n.reference_variables, batches))
+    del settings
+    networks = n.model, n.variables, n.reference, n.reference_variables
+    return n.with_variables(correct_biases(*networks, batches, progress))
 
 
 def _analytic_bias_correction(n: Networks, batches, settings, progress) -> Networks:

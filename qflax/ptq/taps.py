@@ -111,6 +111,7 @@ class ModuleCall:
       path: the module's path, `/` between names.
       module: the module; its attributes may be read.
       inputs: identities of its arguments that are arrays, or quantized ones.
+      array_first: whether the first argument is one of them, which `run` can return and replace.
       output: identity of the (first) array that it returned.
       ndim: number of that array's axes.
       lifted: whether it is made within a lifted transformation (`nn.scan`, `nn.remat`, ...): its arrays are
@@ -120,6 +121,7 @@ class ModuleCall:
     path: str
     module: nn.Module
     inputs: tuple[int, ...]
+    array_first: bool
     output: int
     ndim: int
     lifted: bool
@@ -145,13 +147,15 @@ def record_calls(model: nn.Module, variables: Mapping, example: jax.Array) -> li
         place = len(calls)
         calls.append(None)
         result = next_call(*args, **kwargs)
-        inputs = [value_of(arg) for arg in args if isinstance(arg, jax.Array | QuantizedArray)]
+        arrays = [arg for arg in args if isinstance(arg, jax.Array | QuantizedArray)]
+        inputs = [value_of(arg) for arg in arrays]
         output = value_of(first_of(result))
         alive.extend([*inputs, output])  # What is freed may lend its identity to another array.
         calls[place] = ModuleCall(
             path="/".join(path),
             module=context.module,
             inputs=tuple(map(id, inputs)),
+            array_first=bool(arrays) and arrays[0] is args[0],
             output=id(output),
             ndim=np.ndim(output),
             lifted=root is not roots[0],

@@ -18,6 +18,9 @@ class Walk:
     To run the whole network for every layer costs the square of its depth. Here the inputs of the block that
     holds the layer are kept, and what follows is computed from them. They stand in for what the network would
     compute again from its images, which it gets, too: nothing is assumed of how its blocks are connected.
+
+    Attributes:
+      modules: paths of all modules, in the order in which they are called first.
     """
 
     def __init__(
@@ -35,12 +38,19 @@ class Walk:
         self._start, self._given = None, [{} for _ in batches]
         calls = record_calls(model, variables, next(iter(batches))[:1])
         times = collections.Counter(call.path for call in calls)
-        once = [call.path for call in calls if times[call.path] == 1 and call.inputs and not call.lifted]
-        starts = [start for start in blocks(list(times), layers) if start in once]
-        self._starts = {
-            layer: next((start for start in starts if f"{layer}/".startswith(f"{start}/")), None)
-            for layer in layers
-        }
+        self.modules = tuple(times)
+        order = {path: i for i, path in enumerate(self.modules)}
+        known = {c.path for c in calls if times[c.path] == 1 and c.array_first and not c.lifted}
+        self._starts = dict.fromkeys(layers)
+        for start in blocks(self.modules, layers):
+            own = [layer for layer in layers if f"{layer}/".startswith(f"{start}/")]
+            # Its input stays as it is if none of its layers is called before it, by another method.
+            if start in known and all(order[layer] >= order[start] for layer in own):
+                self._starts.update(dict.fromkeys(own, start))
+
+    def block_of(self, layer: str) -> tuple[str, ...]:
+        """The layers that are run to from the same place, this one among them."""
+        return tuple(other for other, start in self._starts.items() if start == self._starts[layer])
 
     def to(self, layer: str, variables: Mapping) -> Iterator[tuple[jax.Array, dict[str, jax.Array]]]:
         """Goes to the block of a layer, and yields for each batch `x` and `given` of `taps.run`.

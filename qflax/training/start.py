@@ -66,7 +66,8 @@ def starting_variables(config: ml_collections.ConfigDict, batches: Iterable[jax.
         original,
         batches,
     )
-    return correct_biases(network, variables, build.float_model(config), original, batches)
+    reference = build.float_model(config)
+    return correct_biases(network, variables, reference, original, batches, Progress.say)
 
 
 def start_from(config: ml_collections.ConfigDict, variables: Mapping) -> tuple[dict, bool]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qflax.errors import UserError
-from qflax.layers import Activation, Conv, Dense
+from qflax.layers import Activation, AveragePool, Conv, Dense, MaxPool
 from qflax.ptq import correct_biases, correct_biases_analytically
 from qflax.quantizers import FLOAT, Quantization, Uniform, calibrate, value_of
 
@@ -166,6 +166,67 @@ def test_norms_without_a_scale_or_bias_have_one_and_zero(missing):
         found.append(correct_biases_analytically(*arguments)["params"]["second"]["bias"])
     np.testing.assert_array_equal(*found)
     assert np.any(found[0])
+
+
+class Pooled(nn.Module):
+    """What lies between a norm and a quantized layer."""
+
+    between: tuple[nn.Module, ...]
+    quantization: Quantization = FLOAT
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = Conv(8, (1, 1), use_bias=False, name="first")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        for module in self.between:
+            x = module(x)
+        return Dense(6, name="second", quantization=self.quantization)(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "known"),
+    [
+        ((Activation, AveragePool), True),
+        ((MaxPool, Activation), False),
+        ((Activation, MaxPool, AveragePool), False),
+        ((AveragePool, Activation), False),
+    ],
+)
+def test_means_are_known_behind_averages_alone(between, known):
+    window = {"window": (2, 2), "strides": 2, "padding": ((0, 0), (0, 0))}
+    modules = tuple(kind(**window) if kind is MaxPool else kind() for kind in between)
+    coarse = Quantization(weights=Uniform(bits=2))
+    model, reference = Pooled(modules, coarse), Pooled(modules)
+    variables = model.init(jax.random.key(1), BATCHES[0], train=False)
+    arguments = model, variables, reference, variables, BATCHES[0][:1]
+    if known:
+        assert np.any(correct_biases_analytically(*arguments)["params"]["second"]["bias"])
+    else:
+        with pytest.raises(UserError, match="use 'bias_correction'"):
+            correct_biases_analytically(*arguments)
+
+
+def test_layers_that_are_left_alone_are_told():
+    """One that is called twice, whose outputs have two means; nothing is done where there is no other."""
+
+    class Twice(nn.Module):
+        quantization: Quantization = FLOAT
+        last: bool = True
+
+        @nn.compact
+        def __call__(self, x, *, train):
+            layer = Dense(3, name="twice", quantization=self.quantization)
+            x = value_of(layer(value_of(layer(x))))
+            return Dense(4, name="once", quantization=self.quantization)(x) if self.last else x
+
+    coarse = Quantization(weights=Uniform(bits=2))
+    for last in (True, False):
+        model, reference, told = Twice(coarse, last), Twice(last=last), []
+        variables = model.init(jax.random.key(1), BATCHES[0], train=False)
+        found = correct_biases(model, variables, reference, variables, BATCHES, told.append)
+        assert told == ["bias correction leaves alone twice"]
+        changed = [name for name, layer in found["params"].items() if np.any(layer["bias"])]
+        assert changed == (["once"] if last else [])
 
 
 def test_without_a_norm_before_a_layer_nothing_is_known_analytically():

@@ -46,6 +46,24 @@ def test_statistics_move_by_what_quantization_changes(small_net, quantized, floa
     np.testing.assert_allclose(made, (goal_mean - old["mean"]) / np.sqrt(old["var"]), atol=1e-5)
 
 
+def test_statistics_that_are_no_norm_s_stay():
+    class Net(nn.Module):
+        momentum: float = 0.99
+
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            norm = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, name="norm")
+            counted = self.variable("batch_stats", "count", lambda: np.float32(3))
+            self.variable("batch_stats", "var", lambda: np.float32(2))
+            return norm(x) + 0 * counted.value
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    variables = Net().init(jax.random.key(0), x)
+    found = reestimate_norms(Net(0.0), variables, Net(0.0), variables, [x])["batch_stats"]
+    assert (found["count"], found["var"]) == (3, 2)
+    assert jax.tree.structure(found) == jax.tree.structure(variables["batch_stats"])
+
+
 def test_a_channel_that_quantization_makes_zero_is_not_blown_up():
     """Its mean is that of the float network, too; a variance of 0 would make 300 times what is left of it."""
 

@@ -21,13 +21,34 @@ QUANTIZED = Quantization(weights=Uniform(bits=4), activations=Uniform(bits=4))
 class Pair(nn.Module):
     """Two layers."""
 
-    @nn.compact
+    def setup(self):
+        self.a = Conv(4, (3, 3), quantization=QUANTIZED)
+        self.act = Activation(quantization=QUANTIZED)
+        self.b = Conv(4, (3, 3), quantization=QUANTIZED)
+
     def __call__(self, x, *, shortcut=None):
-        x = Activation(name="act", quantization=QUANTIZED)(
-            Conv(4, (3, 3), name="a", quantization=QUANTIZED)(x)
-        )
-        x = value_of(Conv(4, (3, 3), name="b", quantization=QUANTIZED)(x))
+        x = self.second(self.first(x))
         return x if shortcut is None else x + shortcut
+
+    def first(self, x):
+        return self.act(self.a(x))
+
+    def second(self, x):
+        return value_of(self.b(x))
+
+
+class SecondAlone(Pair):
+    """Whose first layer is called before it is."""
+
+    def __call__(self, x):
+        return self.second(x)
+
+
+class Switched(Pair):
+    """Whose first argument is not an array."""
+
+    def __call__(self, on, x):
+        return self.second(self.first(x)) if on else x
 
 
 class Connected(nn.Module):
@@ -38,14 +59,16 @@ class Connected(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         del train
-        first, second, last = (
-            (nn.remat(Pair) if self.how == "rematerialized" and i == 1 else Pair)(name=name)
-            for i, name in enumerate(("z", "y", "x"))
-        )
+        kinds = {"rematerialized": nn.remat(Pair), "one layer before": SecondAlone, "switched": Switched}
+        first, second, last = Pair(name="z"), kinds.get(self.how, Pair)(name="y"), Pair(name="x")
         if self.how == "twice":
             return last(second(first(first(x))))
         if self.how == "by name":
             return last(x=second(x=first(x=x)))
+        if self.how == "one layer before":
+            return last(second(second.first(first(x))))
+        if self.how == "switched":
+            return last(second(True, first(x)))
         if self.how == "a shortcut around a block":
             begun = first(x)
             return last(second(begun), shortcut=begun)
@@ -57,6 +80,8 @@ STARTS = {
     "a shortcut around a block": ("z", "y", "x"),
     "twice": ("y", "x"),
     "by name": (),
+    "one layer before": ("z", "x"),
+    "switched": ("z", "x"),
     "rematerialized": ("z", "x"),
 }
 LAYERS = [f"{block}/{layer}" for block in "zyx" for layer in "ab"]
