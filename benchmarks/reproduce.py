@@ -8,6 +8,8 @@ evaluated on the whole test set once, exported to a packed file, and that file i
 which shares no code with what wrote it, in a process beside the next row's training. What came of it is in
 `results/TABLE-ROW-seedN.json`; `python -m benchmarks.results` makes the tables of the README of these.
 
+Where the float network's workdir is gone it is made again, and its row with it.
+
 The same command goes on where it was stopped, by its own `--minutes`, SIGTERM or Ctrl-C. A row that is there
 is not made again, unless its schedule was a shorter one or its configuration has changed since; the latter
 takes another `--workdir`, if the old run is there still. `--scale=0.1` shortens all schedules to a tenth,
@@ -79,7 +81,17 @@ def parse_rows(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> arg
     for name, bound in (("seeds", 1), ("minutes", 1), ("scale", 1e-6)):
         if not getattr(options, name) >= bound:
             parser.error(f"--{name}: must be at least {bound}")
+    require_free(parser, options.changes)
     return options
+
+
+def require_free(parser: argparse.ArgumentParser, changes: Sequence[str]) -> None:
+    """Ends with an error where a change is of what rows set themselves."""
+    for change in changes:
+        if change.partition("=")[0] in ("--config.init_from", "--config.seed"):
+            parser.error(
+                f"{change}: rows start from their table's float network, with seeds from 0 (--seeds)"
+            )
 
 
 def reproduce(options: argparse.Namespace) -> None:
@@ -95,7 +107,7 @@ def reproduce(options: argparse.Namespace) -> None:
     rows = TABLES[options.table].rows
     chosen = [row for row in rows if row.name in (options.rows or [row.name])]
     wanted = [_Result(options, row, seed) for seed in range(options.seeds) for row in chosen]
-    missing = [result for result in wanted if not result.is_there()]
+    missing = _with_teachers([result for result in wanted if not result.is_there()])
     runtime.configure(row_config(options, rows[0], 0).batch_size)
     options.results.mkdir(parents=True, exist_ok=True)
     end, proof = time.monotonic() + 60 * options.minutes - LEFT, None
@@ -108,9 +120,6 @@ def reproduce(options: argparse.Namespace) -> None:
         for result in missing:
             if time.monotonic() > end:
                 raise Interrupted("the time is up")
-            teacher = _Result(options, rows[0], result.seed)
-            if result.row is not rows[0] and not teacher.is_made():
-                teacher.make()
             result.make()
             result.record()
             if proof is not None:
@@ -118,6 +127,19 @@ def reproduce(options: argparse.Namespace) -> None:
             proof = proofs.enter_context(_Proof(result))
         if proof is not None:
             proof.join()
+
+
+def _with_teachers(missing: Sequence["_Result"]) -> list["_Result"]:
+    """The results with the float networks that others of them start from, where their workdirs are gone."""
+    found = {}
+    for result in missing:
+        teacher = _Result(result.options, TABLES[result.options.table].rows[0], result.seed)
+        if not teacher.is_made():
+            if teacher.file.exists() and teacher.name not in found and result.row is not teacher.row:
+                print(f"{teacher.file}: will be replaced (its network is not in {teacher.workdir})")
+            found.setdefault(teacher.name, teacher)
+        found.setdefault(result.name, result)
+    return list(found.values())
 
 
 class _Result:
@@ -144,7 +166,7 @@ class _Result:
             f"{self.file}: has a schedule of {result['scale']:g} times the recipe's, longer than --scale="
             f"{scale:g}; choose another --results, or delete it",
         )
-        differing = config_lib.differences(portable(self.config), result["config"])
+        differing = self._counting(config_lib.differences(portable(self.config), result["config"]))
         if result["scale"] < scale or differing:
             print(f"{self.file}: will be replaced ({'; '.join(differing) or 'its schedule is shorter'})")
             return False
@@ -160,15 +182,17 @@ class _Result:
 
         if not (self.workdir / "result.json").exists():
             return False
-        differing = config_lib.differences(self.config, config_lib.load(self.workdir))
-        if self.row.trained:  # To which those do nothing.
-            differing = [text for text in differing if not text.startswith("ptq.")]
+        differing = self._counting(config_lib.differences(self.config, config_lib.load(self.workdir)))
         require(
             not differing,
             f"{self.workdir}: holds a run of another configuration ({'; '.join(differing)}); choose another "
             "--workdir",
         )
         return True
+
+    def _counting(self, differing: Sequence[str]) -> list[str]:
+        """Differences without those that do nothing to the row."""
+        return [text for text in differing if not (self.row.trained and text.startswith("ptq."))]
 
     def make(self) -> None:
         """Trains or quantizes it, where that is left to do."""

@@ -70,20 +70,25 @@ def summary(table: Table, found: list[list[dict]]) -> str:
     for row, results in zip(table.rows, found, strict=True):
         name = f"[{row.label}](configs/{row.config}.py)"
         published = f"{accuracies[row.label]:.2f} %" if row.label in accuracies else ""
-        lines.append("| " + " | ".join((name, published, *_measured(row, results))) + " |")
+        measured = list(_measured(row, results))
+        if row is table.rows[0]:
+            measured[1] = ""
+        lines.append("| " + " | ".join((name, published, *measured)) + " |")
     return "\n".join(line.replace("  ", " ") for line in lines)
 
 
 def _measured(row: Row, results: list[dict]) -> tuple[str, ...]:
-    """top-1, difference to float, epochs, size of the file, images of the same class, accumulators."""
+    """top-1, difference to float, epochs, size of the file, images of the same class, accumulators.
+
+    Of the seeds with the longest schedule.
+    """
     if not results:
         return ("",) * 6
+    longest = max(result["scale"] for result in results)
+    results = [result for result in results if result["scale"] == longest]
     top1 = [result["top1"] for result in results]
     accuracy = _mean(top1)
     difference = statistics.mean(100 * (result["top1"] - result["float_top1"]) for result in results)
-    to_float = (
-        f"{difference:+.2f}" if any(result["top1"] != result["float_top1"] for result in results) else ""
-    )
     proofs = [result["verification"] for result in results]
     same, held = "not verified yet", ""
     if all(proofs):
@@ -96,16 +101,20 @@ def _measured(row: Row, results: list[dict]) -> tuple[str, ...]:
             held = "" if all(p["ok"] for p in proofs) else "NOT verified"
     sizes = [result["file_bytes"] for result in results if result["file_bytes"]]
     size = f"{max(sizes) / 1024:,.1f} KiB" if sizes else ""
-    return accuracy, to_float, _epochs(row, results), size, same, held
+    if any(result["missed_size_targets"] for result in results):
+        size += ", target missed"
+    return accuracy, f"{difference:+.2f}", _epochs(row, results), size, same, held
 
 
 def _epochs(row: Row, results: list[dict]) -> str:
     """Their number, and of how many where the schedule was shortened."""
-    shortened = min(result["scale"] for result in results) < 1
+    recipe = config_file.read(str(CONFIGS / f"{row.config}.py"), ()).num_epochs
+    # By --scale or a changed field. A row that is not trained has the number that the float network had.
+    least = min(result["epochs"] if row.trained else result["config"]["num_epochs"] for result in results)
+    shortened = min(result["scale"] for result in results) < 1 or least < recipe - 0.5
     if not row.trained:
         return "none; float shortened" if shortened else "none"
     epochs = " / ".join(sorted({f"{result['epochs']:.1f}".removesuffix(".0") for result in results}))
-    recipe = config_file.read(str(CONFIGS / f"{row.config}.py"), ()).num_epochs
     return epochs + (f" of {recipe:g}, shortened" if shortened else "")
 
 

@@ -27,6 +27,7 @@ from benchmarks.reproduce import (
     deadline,
     parse_rows,
     portable,
+    require_free,
     row_config,
     row_parser,
     row_workdir,
@@ -54,6 +55,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "tuning")
     options = parse_rows(parser, arguments)
     options.changes.insert(0, _HELD_OUT)
+    for change in options.tries:
+        require_free(parser, [f"--config.{part}" for part in shlex.split(change)])
+    if any(re.search(r"validation_examples=0*$", part) for part in [*options.changes, *options.tries]):
+        parser.error("validation_examples=0: there would be nothing to compare on; name a positive number")
     rows = {row.name: row for row in TABLES[options.table].rows if row.trained}
     if options.row not in rows:
         parser.error(f"--row: no {options.row!r} is trained in {options.table}; choices: {', '.join(rows)}")

@@ -195,7 +195,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The run.
     config.seed = 0
     config.num_devices = 0  # 0: all; on a CPU as many cores as divide the batch.
-    config.steps_per_dispatch = 0  # 0: 1 on a CPU, 50 elsewhere.
+    config.steps_per_dispatch = 0  # 0: 50; 1 on a CPU, and of streamed images.
     config.eval_batch_size = 1000  # Of all devices together.
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0  # On the validation split; there is no such evaluation without one.

@@ -289,7 +289,7 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(f"a report needs {error.name}; install it with pip install 'qflax[report]'") from None
     del jinja2, matplotlib
     runtime.configure()
-    from qflax.report import write_report
+    from qflax.report.page import write_report
 
     page = write_report(
         options.workdirs,

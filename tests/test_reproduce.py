@@ -3,12 +3,15 @@
 import json
 import pathlib
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 
 from benchmarks import reproduce, results, tune
 from benchmarks.tables import CONFIGS, TABLES
+from qflax import config as config_lib
 from qflax.errors import Interrupted, UserError
 from qflax.training.interruption import Interruption
 
@@ -207,6 +210,7 @@ def test_summary_over_seeds():
     proof = dict(ok=True, same_class=360, images=360, accumulators_held=8, integer_layers=8)
     found = [
         dict(top1=x, float_top1=0.9, scale=1, epochs=160.0, file_bytes=2048, verification=proof)
+        | dict(missed_size_targets=[], config={"num_epochs": 160.0})
         for x in (0.88, 0.89, 0.90)
     ]
     table = TABLES["resnet20"]
@@ -217,6 +221,62 @@ def test_summary_over_seeds():
     )
     found[1]["verification"] = dict(proof, ok=False, accumulators_held=7)
     assert "23 of 24, NOT verified" in results.summary(table, [[], [], [], [], found, []])
-    found[1]["scale"], found[1]["verification"] = 0.1, None
+    found[1]["verification"], found[1]["missed_size_targets"] = None, ["weight_kib 71 of 70"]
     line = results.summary(table, [[], [], [], [], found, []]).splitlines()[-2]
-    assert "160 of 160, shortened" in line and "not verified yet" in line
+    assert "| 2.0 KiB, target missed | not verified yet | |" in line
+    # Shorter schedules are no seeds of longer ones.
+    found[1]["scale"] = 0.1
+    line = results.summary(table, [[], [], [], [], found, []]).splitlines()[-2]
+    assert "| 89.00 % ± 1.41 (2 seeds) | -1.00 | 160 | 2.0 KiB | 720 of 720 |" in line
+
+
+def test_shortened_schedules_are_marked_however_they_were_shortened():
+    found = dict(top1=0.9, float_top1=0.9, scale=1, epochs=8.0, file_bytes=None, verification=None)
+    found |= dict(missed_size_targets=[], config={"num_epochs": 8.0})
+    table = TABLES["resnet20"]
+    line, *others = results.summary(table, [[found]] * 6).splitlines()[4:]
+    assert "| 90.00 % | | 8 of 160, shortened |" in line
+    assert [" 90.00 % | +0.00 | 8 of 160, shortened" in other for other in others].count(True) == 3
+    assert [" 90.00 % | +0.00 | none; float shortened" in other for other in others].count(True) == 2
+
+
+def test_float_networks_that_are_gone_are_rows_again(tmp_path, capsys):
+    chosen = options("--seeds=2", f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path}")
+    fp32, int8, int4 = (row(name)[0] for name in ("fp32", "int8_ptq", "int4_qat"))
+    (tmp_path / "resnet20-fp32-seed1.json").touch()
+    workdir = reproduce.row_workdir(chosen, fp32, 0)
+    workdir.mkdir(parents=True)
+    (workdir / "result.json").touch()
+    config_lib.save(reproduce.row_config(chosen, fp32, 0), workdir)
+    missing = [reproduce._Result(chosen, *which) for which in ((int8, 0), (int8, 1), (int4, 1))]
+    names = [result.name for result in reproduce._with_teachers(missing)]
+    assert names == [
+        f"resnet20-{name}" for name in ("int8_ptq-seed0", "fp32-seed1", "int8_ptq-seed1", "int4_qat-seed1")
+    ]
+    assert capsys.readouterr().out.count("fp32-seed1.json: will be replaced") == 1
+
+
+@pytest.mark.parametrize("change", ["init_from=x", "seed=3"])
+def test_rows_have_their_own_start_and_seed(change, capsys):
+    for parse in (
+        lambda: options(f"--config.{change}"),
+        lambda: tune.parse(["--table=resnet20", "--row=int4_qat", f"--try=momentum=0.8 {change}"]),
+    ):
+        with pytest.raises(SystemExit):
+            parse()
+        assert f"error: --config.{change}: rows start from" in capsys.readouterr().err
+
+
+def test_changes_need_held_out_images(capsys):
+    with pytest.raises(SystemExit):
+        tune.parse(["--table=resnet20", "--row=int4_qat", "--config.validation_examples=0"])
+    assert "error: validation_examples=0: there would be nothing" in capsys.readouterr().err
+
+
+def test_tables_are_made_without_the_packages_of_reports():
+    """Nor does JAX start in the process that a proof has to keep on the CPU."""
+    code = "import sys, benchmarks.reproduce, benchmarks.tune, benchmarks.results; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"jax", "matplotlib", "jinja2"} & set(modules.split())

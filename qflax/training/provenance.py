@@ -1,5 +1,6 @@
 """Where a result comes from: versions, commit, hardware, command."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -51,9 +52,11 @@ def _settings(platform: str) -> dict[str, str]:
     return {name: os.environ[name] for name in ("XLA_FLAGS",) if os.environ.get(name)}
 
 
+@functools.cache
 def git_commit() -> str:
     """The checkout's commit, `+changes` if files differ from it, or `unknown` outside a checkout.
 
+    As it was when the process first asked: later ones are of files that are not what it has loaded.
     Documents and results are no such files: with every row of a table that is made there are new ones.
     """
     folder = pathlib.Path(__file__).parent

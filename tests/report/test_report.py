@@ -14,8 +14,9 @@ import pytest
 from qflax import config as config_lib
 from qflax.cli import main
 from qflax.errors import UserError
-from qflax.report import figures, predictions, write_report
+from qflax.report import figures, predictions
 from qflax.report.network import file_bytes, inspect
+from qflax.report.page import write_report
 from qflax.report.predictions import predict
 from qflax.report.published import PUBLISHED
 from qflax.report.runs import groups_of, read_runs

@@ -18,10 +18,17 @@ def test_changed_code_is_told_and_new_results_are_none(tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "qflax" / "provenance.py"))
-    commit = provenance.git_commit()
+    asked_anew = provenance.git_commit.__wrapped__
+    commit = asked_anew()
     assert len(commit) == 40
     for file in files[1:]:
         file.write_text("2")
-    assert provenance.git_commit() == commit
+    assert asked_anew() == commit
     files[0].write_text("2")
-    assert provenance.git_commit() == commit + "+changes"
+    assert asked_anew() == commit + "+changes"
+
+
+def test_a_process_has_the_commit_that_it_began_with(monkeypatch):
+    commit = provenance.git_commit()
+    monkeypatch.setattr(provenance, "__file__", "/elsewhere/code.py")
+    assert provenance.git_commit() == commit != provenance.git_commit.__wrapped__() == "unknown"
