@@ -128,6 +128,12 @@ class Trainer:
         self.recorder.say(f"{self.origin['device']}, {self.num_examples} training images")
         if self.start == 0:
             self.recorder.say(f"starts from {self.config.init_from or 'random weights (config.init_from)'}")
+            for workdir in workdir_lib.trained_on_held_out(self.config):
+                self.recorder.say(
+                    f"{workdir}: was trained on some of the {self.config.validation_examples} images that "
+                    "are held out here (config.validation_examples), so that validation accuracies are too "
+                    "high; train that one with the same number first"
+                )
         where = " for the CPU" if self.devices.platform == "cpu" else ""
         for name, value in self.origin["settings"].items():
             self.recorder.say(f"set{where}: {name}={value}")

@@ -187,6 +187,19 @@ def require_unused(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:
     require(not made, f"{workdir}: there is a {made[0]} already; choose another --workdir" if made else "")
 
 
+def trained_on_held_out(config: ml_collections.ConfigDict) -> list[str]:
+    """Workdirs that a run learns from, directly or not, and that were trained on images that it holds out."""
+    found, left = {}, [config.init_from, config.distillation.teacher]
+    while left:
+        name = left.pop()
+        if name in found or not (pathlib.Path(name) / config_lib.FILE).is_file():
+            continue
+        its = config_lib.load(pathlib.Path(name))
+        left += [its.init_from, its.distillation.teacher]
+        found[name] = its.dataset == config.dataset and its.validation_examples < config.validation_examples
+    return sorted(name for name, seen in found.items() if seen)
+
+
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher | None:
     """The network that `config.distillation` names, with the last checkpoint's variables.
 

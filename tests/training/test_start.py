@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from qflax import config as config_lib
 from qflax.data import load
 from qflax.errors import UserError
 from qflax.layers import sizes
 from qflax.training import allocation, build
 from qflax.training.calibration import CalibrationBatches
 from qflax.training.start import start_from, starting_variables
+from qflax.training.workdir import trained_on_held_out
 
 
 @pytest.mark.thorough
@@ -104,3 +106,24 @@ def test_another_epsilon_is_no_start_where_norms_use_it(tiny_config, tmp_path, r
         starting_variables(tiny_config, [])
     tiny_config.norm = "folded"  # With the other run's.
     start_from(tiny_config, build.abstract_state(tiny_config).variables)
+
+
+def test_networks_that_have_seen_held_out_images_are_named(make_tiny_config, tmp_path):
+    """Also behind the one that a run starts from; files of weights and runs on other images are none."""
+    paths = {name: str(tmp_path / name) for name in ("seen", "between", "other", "run")}
+
+    def made(name, **fields):
+        config = make_tiny_config()
+        config.update_from_flattened_dict(fields)
+        config_lib.save(config, tmp_path / name)
+        return config
+
+    for name in paths:
+        (tmp_path / name).mkdir()
+    made("seen", validation_examples=99)
+    made("other", validation_examples=0, dataset="cifar10")
+    made("between", init_from=paths["seen"])
+    run = {"init_from": paths["between"], "distillation.teacher": paths["other"]}
+    assert trained_on_held_out(made("run", **run)) == [paths["seen"]]
+    assert trained_on_held_out(made("run", **run, validation_examples=99)) == []
+    assert trained_on_held_out(made("run", init_from="weights.pth")) == []
