@@ -61,7 +61,8 @@ def calibrate(
       The variables with new quantizer parameters and statistics.
 
     Raises:
-      UserError: `over`, `momentum` or `batches` are impossible; a range is not finite.
+      UserError: `over`, `momentum` or `batches` are impossible; a range is not finite; `set` with layers that
+        `nn.scan` or `nn.vmap` repeats.
 
     Warns:
       UserWarning: of quantizers that no batch has reached, in this calibration or an earlier one.
@@ -95,6 +96,7 @@ def calibrate(
     if over == "ema":
         given = _momenta(own[STATISTICS], momentum)
     elif over == "set":
+        _require_single(own[STATISTICS])
         given = _ranges_of_set(lambda batch: calls_of({**variables, **own}, batch), batches)
         batches = itertools.islice(batches, 1)  # To set what follows from the ranges.
     batch = None
@@ -166,8 +168,22 @@ def _require_finite(own: Mapping) -> None:
 
 def _momenta(quantizer_stats: Mapping, momentum: float) -> dict:
     """`GIVEN` with a momentum for each quantizer that observes a range."""
-    paths = [path for path in flatten_dict(quantizer_stats) if path[-1] == "count"]
-    return unflatten_dict({(*path[:-1], "momentum"): momentum for path in paths})
+    # Of the count's shape, as layers that are repeated by `nn.scan` each take their own.
+    counts = {path: x for path, x in flatten_dict(quantizer_stats).items() if path[-1] == "count"}
+    return unflatten_dict(
+        {(*path[:-1], "momentum"): np.full(x.shape, momentum, np.float32) for path, x in counts.items()}
+    )
+
+
+def _require_single(quantizer_stats: Mapping) -> None:
+    """Raises `UserError` for layers that are repeated, whose calls are observed as one."""
+    counts = {path: x for path, x in flatten_dict(quantizer_stats).items() if path[-1] == "count"}
+    repeated = ["/".join(path[:-1]) for path, x in counts.items() if x.ndim]
+    require(
+        not repeated,
+        f"over='set': {', '.join(repeated[:3])}: of layers that nn.scan or nn.vmap repeats, each of which "
+        "has a range of its own; use 'batches' or 'ema'",
+    )
 
 
 def _ranges_of_set(calls_of: Callable, batches: Iterable[jax.Array]) -> dict:

@@ -395,6 +395,22 @@ def test_repeated_layers():
     assert 0 < np.abs(difference).max() < 0.05 * np.abs(plain).max()
 
 
+def test_repeated_layers_have_averages_of_their_own():
+    batches = [np.random.default_rng(i).normal(size=(4, 8)).astype(np.float32) for i in range(2)]
+    static = dict(kind="uniform", bits=8, scale="static", statistic="absmax")
+    model = quantize(Repeated({True: 0}), activations=static)
+    variables = model.init(jax.random.key(0), batches[0])
+    found, last = (
+        calibrate(model, variables, images, over=over, momentum=1.0)["quantizer_stats"]
+        for images, over in ((batches, "ema"), (batches[1:], "batches"))
+    )
+    ranges = [stats["blocks"]["Dense_0"]["input"]["activations"]["x_max"] for stats in (found, last)]
+    assert ranges[0].shape == (3,) and len(np.unique(ranges[0])) == 3
+    np.testing.assert_allclose(*ranges, rtol=1e-6)
+    with pytest.raises(UserError, match="over='set': blocks/.*use 'batches' or 'ema'"):
+        calibrate(model, variables, batches, over="set")
+
+
 def test_weights_that_oscillate_freeze_in_repeated_layers():
     x = jax.random.normal(jax.random.key(0), (4, 8))
     model = quantize(Repeated({True: 0}), weights=W4, activations=A8, freeze_oscillating=True)
