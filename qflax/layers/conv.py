@@ -27,7 +27,7 @@ class Conv(Product, nn.Conv):
 
     @nn.nowrap
     def _products(self, x, y):
-        return math.prod(y.shape[-1 - len(_sizes(self.kernel_size)) : -1])
+        return _positions(y, self.kernel_size)
 
 
 class ConvTranspose(Product, nn.ConvTranspose):
@@ -55,7 +55,13 @@ class ConvTranspose(Product, nn.ConvTranspose):
 
     @nn.nowrap
     def _products(self, x, y):
-        return math.prod(x.shape[-1 - len(_sizes(self.kernel_size)) : -1])
+        return _positions(x, self.kernel_size)
+
+
+def _positions(x, kernel_size) -> int:
+    """Of one example [(batch,) ..., *places, channels], with all batch axes but the first."""
+    places = len(_sizes(kernel_size))
+    return math.prod((*x.shape[1 : -1 - places], *x.shape[-1 - places : -1]))
 
 
 def _sizes(kernel_size) -> tuple[int, ...]:

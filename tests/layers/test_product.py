@@ -95,6 +95,9 @@ def test_operations_are_counted(name):
         biases = theirs.apply(variables, x[:1]).size if ours.use_bias else 0
         assert 2 * cost.macs == flops - biases
     assert cost.macs > 0
+    if name == "several batch axes":
+        (alone,) = layer_costs(ours, variables, x[:1, 0])
+        assert cost.macs == x.shape[1] * alone.macs
 
 
 @pytest.mark.parametrize("biases", [None, IntegerBias()], ids=["float", "integer"])
