@@ -70,7 +70,8 @@ class Product(nn.Module):
             reported = self.get_variable(collection, "weights", {})
             if reported and self.is_mutable_collection(collection):
                 kernel = self._unflat(reported["kernel"], shape, x).astype(self.param_dtype)
-                self.put_variable("params", "kernel", kernel)
+                boxed = nn.meta.replace_boxed(self.get_variable("params", "kernel"), kernel)
+                self.put_variable("params", "kernel", boxed)
 
     @nn.nowrap
     def _multiply(self, x: jax.Array, kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -13,6 +13,7 @@ from qflax.deploy import export
 from qflax.errors import UserError
 from qflax.layers import layer_costs
 from qflax.linen import describe, description, quantize
+from qflax.ptq import set_ranges
 from qflax.ptq.recipe import Networks, Settings, apply_recipe
 from qflax.ptq.reconstruction import Reconstruction
 from qflax.quantizers import (
@@ -523,6 +524,23 @@ def test_partitioned_kernels_stay_so():
     theirs = model.init(jax.random.key(0), x)["params"]["kernel"]
     assert ours.names == theirs.names
     np.testing.assert_array_equal(ours.value, theirs.value)
+
+
+def test_projected_kernels_stay_partitioned():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            init = nn.with_partitioning(nn.initializers.normal(5.0), ("a", "b"))
+            return nn.Dense(4, kernel_init=init, name="layer")(x)
+
+    weights = AccumulatorAware(bits=4, accumulator_bits=8)
+    model = quantize(Net(), weights=weights, activations=Uniform(bits=4))
+    x = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x)
+    found, projected = set_ranges(model, variables, [x])
+    before, after = (tree["params"]["layer"]["kernel"] for tree in (variables, found))
+    assert projected and after.names == before.names
+    assert np.abs(after.value).sum() < 0.9 * np.abs(before.value).sum()
 
 
 @pytest.mark.parametrize(
