@@ -3,7 +3,7 @@
 python train.py --config=configs/resnet18_w4a4_a2q_plus_12b_cifar10.py \\
     --config.init_from=runs/resnet18_float_cifar10
 
-Not measured yet.
+Measured so far, shortened: 42.44 % after 1 of 90 epochs, from a float network at 50.95 %.
 """
 
 from configs import resnet18_w4a4_a2q_12b_cifar10
